@@ -1,0 +1,126 @@
+"""Does memory grow with the number of pairs? 200 million pairs in 20 files against 20 million in 2.
+
+    python -m benchmarks.memory [--quick]
+
+Each run is a fresh process that calls ``flipkd.score`` (id pairs, int8 vectors of one million records, all columns) and
+then reads the high-water mark of its resident memory from the kernel; mapped pages of the vector store count in both.
+``--quick`` has a twentieth of the pairs in as many files. Ratio:
+
+    peak_200m_over_20m    peak memory of the large run / of the small one; to stay within 1.10
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from benchmarks.common import report
+from benchmarks.score import write_store
+
+_RECORDS, _DIM = 1_000_000, 128
+_SHARDS = {"small": 2, "large": 20}
+_ROUNDS = 2
+_LIMIT = 1.10
+
+
+def make_inputs(root: Path, pairs_per_shard: int) -> None:
+    """A store, and two folders of pairs. Odd and even shards are the same two files under other names."""
+    random = np.random.default_rng(23)
+    vectors = random.standard_normal((_RECORDS, _DIM), dtype=np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    write_store(root / "store", pa.array(np.arange(_RECORDS)), vectors)
+    for name, shards in _SHARDS.items():
+        (root / name).mkdir()
+        for shard in range(shards):
+            path = root / name / f"part-{shard:03d}.parquet"
+            source = root / "small" / f"part-{shard % 2:03d}.parquet"
+            if source != path:
+                os.link(source, path)
+                continue
+            ids = random.integers(0, _RECORDS, (2, pairs_per_shard))
+            pq.write_table(pa.table({"left_id": ids[0], "right_id": ids[1]}), path)
+
+
+def run_child(root: Path, name: str) -> dict[str, Any]:
+    """Scores one folder in a fresh process; returns rows, seconds and peak bytes."""
+    command = [sys.executable, "-m", "benchmarks.memory", "--child", str(root), "--pairs", name]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise SystemExit(f"the scoring process ended with {result.returncode}:\n{result.stderr[-2000:]}")
+    facts: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return facts
+
+
+def child(root: Path, name: str) -> None:
+    """What the fresh process does."""
+    from flipkd import ScoreConfig, score
+
+    output = root / f"out-{name}"
+    shutil.rmtree(output, ignore_errors=True)
+    started = time.perf_counter()
+    manifest = score(ScoreConfig(pairs=str(root / name), output=str(output), store=str(root / "store")))
+    seconds = time.perf_counter() - started
+    print(json.dumps({"rows": manifest["rows_out"], "seconds": seconds, "peak_bytes": peak_bytes()}))
+
+
+def peak_bytes() -> int:
+    """High-water mark of this process's resident memory.
+
+    Not ``getrusage``: its mark survives ``exec`` and so can be that of the parent.
+    """
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("the kernel does not tell VmHWM")
+
+
+def main() -> int:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description="peak memory of 200 M pairs against 20 M pairs")
+    parser.add_argument("--quick", action="store_true", help="a twentieth of the pairs")
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--pairs", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child is not None:
+        child(options.child, options.pairs)
+        return 0
+    pairs_per_shard = 500_000 if options.quick else 10_000_000
+    with tempfile.TemporaryDirectory(prefix="flipkd-memory-") as folder:
+        root = Path(folder)
+        make_inputs(root, pairs_per_shard)
+        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in _SHARDS}
+        for _ in range(_ROUNDS):
+            for name in _SHARDS:
+                runs[name].append(run_child(root, name))
+                shutil.rmtree(root / f"out-{name}")
+    correct = all(run["rows"] == _SHARDS[name] * pairs_per_shard for name, outcomes in runs.items() for run in outcomes)
+    peaks = {name: statistics.median(run["peak_bytes"] for run in outcomes) for name, outcomes in runs.items()}
+    rows = [
+        {
+            "pairs": _SHARDS[name] * pairs_per_shard,
+            "files": _SHARDS[name],
+            "peak_mb": round(peaks[name] / 1e6, 1),
+            "seconds": round(statistics.median(run["seconds"] for run in outcomes), 2),
+        }
+        for name, outcomes in runs.items()
+    ]
+    ratio = round(peaks["large"] / peaks["small"], 3)
+    report("memory", rows if correct else [], {"peak_200m_over_20m": ratio} if correct else {}, correct)
+    return 0 if correct and ratio <= _LIMIT else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,181 @@
+"""Pairs scored per second by the CPU kernel, against PyTorch's gather, multiply, sum in float32.
+
+    python -m benchmarks.pair_score [--quick] [--rows N] [--pairs N] [--threads N] [--huge-pages]
+
+Rows of 128 numbers; random pairs, and pairs in groups of 20 with the same left row, as blocking gives them. The peer
+scores the same pairs in chunks that fit the cache; several chunk sizes are tried and the fastest is timed. Ratios above 1:
+flipkd is faster. `gather_limit` is the share of what the machine gives a loop that only reads the same rows (its best
+prefetch distance of several) that int8 scoring of random pairs reaches; 1 would be the limit of memory.
+
+Rows lie in anonymous memory in pages of 4 KiB, as a mapped store has them; --huge-pages asks for 2 MiB pages instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import mmap
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from benchmarks.common import interleave, report
+from flipkd.kernels.native import native
+from flipkd.kernels.pair_score import pair_score
+from flipkd.kernels.pair_score.reference import gather_multiply_sum
+from flipkd.vectors.rows import STORAGE, VectorRows, quantise
+
+_DIM = 128
+_GROUP = 20  # pairs per left row
+_CHUNKS = (256, 512, 1024, 2048, 4096, 8192)  # pairs
+_READS = tuple((ahead, burst) for ahead in (8, 16, 32) for burst in (1, 2, 8))
+_CHECKED = 200_000  # pairs
+_MAX_ERROR = {"float32": 1e-6, "bf16": 4e-3, "int8": 1e-2}
+_SOURCE_ROWS = 1 << 16  # distinct rows; a table repeats them, which changes no address
+
+
+def allocate(rows: int, dtype: str, huge_pages: bool) -> NDArray[Any]:
+    """Return a [rows, _DIM] array that begins on a page, as a mapped store does."""
+    storage = STORAGE[dtype]
+    memory = mmap.mmap(-1, rows * _DIM * storage.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE if huge_pages else mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, storage).reshape(rows, _DIM)
+
+
+def make_rows(rows: int, dtypes: tuple[str, ...], huge_pages: bool) -> dict[str, VectorRows]:
+    """Return the same random unit rows in every dtype."""
+    source = np.random.default_rng(1).standard_normal((min(rows, _SOURCE_ROWS), _DIM), dtype=np.float32)
+    source /= np.linalg.norm(source, axis=1, keepdims=True)
+    tables = {}
+    for dtype in dtypes:
+        values, few = allocate(rows, dtype, huge_pages), quantise(source, dtype).values
+        for start in range(0, rows, len(few)):
+            values[start : start + len(few)] = few[: rows - start]
+        tables[dtype] = VectorRows(values, dtype)
+    return tables
+
+
+def make_pairs(rows: int, pairs: int) -> dict[str, tuple[NDArray[np.int32], NDArray[np.int32]]]:
+    """Return (left_index, right_index) in random order, and with _GROUP pairs in a row for each left row."""
+    rng = np.random.default_rng(2)
+    left, right = (rng.integers(0, rows, pairs, dtype=np.int32) for _ in range(2))
+    return {"random": (left, right), "grouped": (np.repeat(left[: -(-pairs // _GROUP)], _GROUP)[:pairs], right)}
+
+
+def is_right(tables: dict[str, VectorRows], source: VectorRows, left: Any, right: Any, threads: int) -> bool:
+    """Check the scores of some pairs of every dtype against float64."""
+    left, right = left[:_CHECKED], right[:_CHECKED]
+    exact = np.einsum("pd,pd->p", source.values[left].astype(np.float64), source.values[right].astype(np.float64))
+    errors = {
+        dtype: np.abs(pair_score(table, table, left, right, threads=threads).score - exact).max()
+        for dtype, table in tables.items()
+    }
+    return all(error <= _MAX_ERROR[dtype] for dtype, error in errors.items())
+
+
+def gather_read(
+    table: VectorRows, left: NDArray[np.int32], right: NDArray[np.int32], ahead: int, burst: int, threads: int
+) -> int:
+    """Read the rows of all pairs and do nothing else; return the XOR of their words."""
+    library = native()
+    assert library is not None
+    function = library.flipkd_gather_read
+    function.restype = ctypes.c_uint64
+    function.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 4]
+    row_bytes = table.dim * table.values.itemsize
+    addresses = (table.values.ctypes.data, row_bytes, left.ctypes.data, right.ctypes.data)
+    return int(function(*addresses, len(left), threads, ahead, burst))
+
+
+def best_of(candidates: dict[Any, Callable[[], Any]], rounds: int) -> Any:
+    """Return the key of the fastest candidate."""
+    seconds = interleave(candidates, rounds)
+    return min(seconds, key=lambda key: min(seconds[key]))
+
+
+def main() -> int:
+    """Measure, print the table and the line of JSON."""
+    parser = argparse.ArgumentParser(description="pair_score on the CPU against PyTorch")
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--pairs", type=int, default=20_000_000)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--huge-pages", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="2 million pairs, 3 rounds")
+    options = parser.parse_args()
+    if native() is None:
+        print("the compiled library is missing, so there is nothing to compare")
+        return 1
+    pairs, rounds = (2_000_000, 3) if options.quick else (options.pairs, options.rounds)
+    threads = options.threads
+    torch.set_num_threads(threads)
+    # a float32 table of 64 million rows would be 32 GB: the peer then reads rows of the first part only, which favours it
+    peer_rows = min(options.rows, 4_000_000)
+    tables = make_rows(options.rows, ("int8", "bf16") if options.rows <= 16_000_000 else ("int8",), options.huge_pages)
+    source = make_rows(peer_rows, ("float32",), options.huge_pages)["float32"]
+    orders = make_pairs(options.rows, pairs)
+    peer_orders = orders if peer_rows == options.rows else make_pairs(peer_rows, pairs)
+    correct = all(is_right({**tables, "float32": source}, source, *peer_orders[order], threads) for order in orders)
+    if not correct:
+        report("pair_score", [], {}, False)
+        return 1
+
+    rows_tensor = torch.from_numpy(source.values)
+    functions: dict[str, Callable[[], Any]] = {}
+    few = min(pairs, 1_000_000)
+    chunks = {}
+    for order, (left, right) in peer_orders.items():
+        indices = torch.from_numpy(left), torch.from_numpy(right)
+
+        def peer(count: int, chunk: int, indices: Any = indices) -> torch.Tensor:
+            return gather_multiply_sum(rows_tensor, rows_tensor, indices[0][:count], indices[1][:count], chunk)
+
+        chunks[order] = best_of({size: lambda s=size: peer(few, s) for size in _CHUNKS}, 2)
+        functions[f"torch float32 {order}"] = lambda p=peer, c=chunks[order]: p(pairs, c)
+    for dtype, table in [*tables.items(), *([("float32", source)] if peer_rows == options.rows else [])]:
+        for order, (left, right) in orders.items():
+            functions[f"flipkd {dtype} {order}"] = lambda t=table, a=left, b=right: pair_score(
+                t, t, a, b, threads=threads
+            )
+    left, right = orders["random"]
+    int8 = tables["int8"]
+
+    def read(count: int, ahead: int, burst: int) -> int:
+        return gather_read(int8, left[:count], right[:count], ahead, burst, threads)
+
+    best_read = best_of({key: lambda k=key: read(few * 2, *k) for key in _READS}, 3)
+    functions["read only int8 random"] = lambda: read(pairs, *best_read)
+
+    seconds = {name: statistics.median(times) for name, times in interleave(functions, rounds).items()}
+    item_bytes = {"float32": 4, "bf16": 2, "int8": 1}
+    rows = []
+    for name, value in seconds.items():
+        dtype = next(dtype for dtype in item_bytes if dtype in name)
+        touched = pairs * _DIM * item_bytes[dtype] * (2 if "random" in name else 1 + 1 / _GROUP)
+        rows.append(
+            {
+                "what": name,
+                "seconds": round(value, 3),
+                "million_pairs_per_second": round(pairs / value / 1e6, 1),
+                "gb_of_rows_per_second": round(touched / value / 1e9, 2),
+            }
+        )
+    ratios = {
+        "int8_random": seconds["torch float32 random"] / seconds["flipkd int8 random"],
+        "int8_grouped": seconds["torch float32 grouped"] / seconds["flipkd int8 grouped"],
+        "gather_limit": seconds["read only int8 random"] / seconds["flipkd int8 random"],
+    }
+    if "bf16" in tables:
+        ratios["bf16_random"] = seconds["torch float32 random"] / seconds["flipkd bf16 random"]
+    print(f"rows {options.rows}, pairs {pairs}, dim {_DIM}, threads {threads}, huge pages {options.huge_pages}")
+    print(f"best PyTorch chunk: {chunks}; best read-only loop (pairs ahead, burst): {best_read}")
+    report("pair_score", rows, {name: round(value, 2) for name, value in ratios.items()}, True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

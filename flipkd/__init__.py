@@ -1,0 +1,50 @@
+"""flipkd: score billions of record pairs a night with an encoder distilled from a small model into an LLM.
+
+The names below are loaded on first use: ``import flipkd`` itself loads neither torch nor Ray.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flipkd.config import EncodeConfig as EncodeConfig
+    from flipkd.config import EncoderOptions as EncoderOptions
+    from flipkd.config import RunOptions as RunOptions
+    from flipkd.config import ScoreConfig as ScoreConfig
+    from flipkd.kernels.pair_score import pair_score as score_pairs  # noqa: F401
+    from flipkd.models.encoder import load_encoder as load_encoder
+    from flipkd.run.encode import encode as encode
+    from flipkd.run.pipeline import score as score
+    from flipkd.vectors.rows import VectorRows as VectorRows
+    from flipkd.vectors.rows import quantise as quantise
+    from flipkd.vectors.store import VectorStore as VectorStore
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "EncodeConfig": ("flipkd.config", "EncodeConfig"),
+    "EncoderOptions": ("flipkd.config", "EncoderOptions"),
+    "RunOptions": ("flipkd.config", "RunOptions"),
+    "ScoreConfig": ("flipkd.config", "ScoreConfig"),
+    "VectorRows": ("flipkd.vectors.rows", "VectorRows"),
+    "VectorStore": ("flipkd.vectors.store", "VectorStore"),
+    "encode": ("flipkd.run.encode", "encode"),
+    "load_encoder": ("flipkd.models.encoder", "load_encoder"),
+    "quantise": ("flipkd.vectors.rows", "quantise"),
+    "score": ("flipkd.run.pipeline", "score"),
+    "score_pairs": ("flipkd.kernels.pair_score", "pair_score"),
+}
+__all__ = sorted([*_HOMES, "__version__"])
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'flipkd' has no attribute {name!r}")
+    module, attribute = _HOMES[name]
+    return getattr(importlib.import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,213 @@
+"""What each command can be told, as frozen dataclasses; ``flipkd-batch`` has one flag per field."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from flipkd.errors import ConfigError
+
+VectorDtype = Literal["float32", "bf16", "int8"]
+VECTOR_DTYPES: tuple[VectorDtype, ...] = ("float32", "bf16", "int8")
+
+# Columns that scoring itself can write.
+SCORE_COLUMNS = ("score", "probability", "match", "reason", "truncated")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a job runs, whatever it computes; nothing here changes the result.
+
+    Args:
+        ray: None runs in this process; ``local`` starts Ray on this machine, ``auto`` or an address joins a cluster.
+        workers: work units in flight: threads in process (None: the number of cores); on Ray the largest number of
+            workers (None: as many as the cluster holds).
+        min_workers: Ray workers that must start before the job gives up waiting for them.
+        threads: threads of one worker (None: in process all cores, on Ray 1). CPUs that a Ray worker reserves.
+        gpus: GPUs that a Ray worker reserves (None: 1 if the cluster has any and the stage runs a model, else 0).
+        on_bad_shard: ``fail`` at the first unreadable input file, or ``skip`` it, count it, and end as partial.
+        max_retries: how often a unit whose worker died, or whose read failed, is tried again on Ray.
+        max_failed_units: error budget: with ``on_bad_shard="skip"`` the job stops when more units than this failed.
+        stall_timeout_s: seconds without a finished unit after which a Ray job ends with an error.
+        start_timeout_s: seconds to wait for the first ``min_workers`` Ray workers.
+        overwrite: whether the output of another run is deleted first.
+        progress: whether progress is shown on stderr.
+    """
+
+    ray: str | None = None
+    workers: int | None = None
+    min_workers: int = 1
+    threads: int | None = None
+    gpus: float | None = None
+    on_bad_shard: Literal["fail", "skip"] = "fail"
+    max_retries: int = 3
+    max_failed_units: int = 1000
+    stall_timeout_s: float = 1800.0
+    start_timeout_s: float = 600.0
+    overwrite: bool = False
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name} must be at least 1, not {value}")
+        if self.on_bad_shard not in ("fail", "skip"):
+            raise ConfigError(f"--on-bad-shard must be fail or skip, not {self.on_bad_shard!r}")
+        for name in ("max_retries", "max_failed_units", "min_workers"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"--{name.replace('_', '-')} must not be negative")
+        for name in ("stall_timeout_s", "start_timeout_s"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"--{name.replace('_', '-')} must be greater than 0 seconds")
+
+
+@dataclass(frozen=True)
+class EncoderOptions:
+    """Which encoder turns texts into vectors, and how.
+
+    Args:
+        folder: a sentence-transformers bi-encoder folder.
+        dtype: number format of the model's own arithmetic, ``float32`` or ``bf16``.
+        device: ``cpu``, ``cuda`` or ``auto``.
+        max_length: longest text in tokens, special tokens included (None: what the folder says).
+        max_tokens: tokens in one forward pass (None: what suits the device).
+        trust_remote_code: whether Python code in the folder may run.
+    """
+
+    folder: str
+    dtype: Literal["float32", "bf16"] = "float32"
+    device: str = "auto"
+    max_length: int | None = None
+    max_tokens: int | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class EncodeConfig:
+    """Record tables to a vector store.
+
+    Args:
+        encoder: the encoder.
+        records: Parquet file or folder.
+        output: folder of the store; local, since it is mapped into memory.
+        id_column: the record's id: any integer, string or binary type.
+        text_column: the record's text; not with ``template``.
+        template: several columns as one text, as in ``{name} | {address}``.
+        dtype: number format of the stored vectors.
+        rows_per_unit: records in one work unit.
+    """
+
+    encoder: EncoderOptions
+    records: str
+    output: str
+    id_column: str = "id"
+    text_column: str = "text"
+    template: str | None = None
+    dtype: VectorDtype = "int8"
+    rows_per_unit: int = 50_000
+    run: RunOptions = field(default_factory=RunOptions)
+
+    def __post_init__(self) -> None:
+        _check_dtype(self.dtype)
+        _check_positive("rows-per-unit", self.rows_per_unit)
+
+    @property
+    def text_template(self) -> str:
+        """The template; a plain text column is the template of that column alone."""
+        return self.template if self.template is not None else f"{{{self.text_column}}}"
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """Candidate pairs to scores. Exactly one of: ``store``; ``encoder`` with ``records``; ``encoder`` alone (inline).
+
+    Args:
+        pairs: Parquet file or folder.
+        output: folder for the scores.
+        left_column: ids of the left records; ``right_column`` the right ones.
+        left_text: inline texts, used when there is neither a store nor records; ``right_text`` likewise.
+        store: vector store of the left (and right) records; ``right_store`` of the right ones where they differ.
+        encoder: encodes ``records`` or the inline texts first.
+        records: record table of the left (and right) records; ``right_records`` of the right ones where they differ.
+        id_column, text_column, template, dtype: as in ``EncodeConfig``.
+        cache: folder that keeps the stores made from ``records`` (None: they are deleted at the end).
+        threshold: adds the column ``match``: probability (with a calibration, else score) at least this.
+        min_score: only pairs with at least this score are written.
+        top_k: only the K best pairs of each left record are written.
+        columns: what is written, in this order: names of input columns and of ``SCORE_COLUMNS``; None writes all
+            input columns, then the score columns.
+        calibration: JSON file with ``slope`` and ``intercept``: probability = sigmoid(slope * score + intercept).
+        rows_per_unit: pairs in one work unit (whole row groups; at least one).
+    """
+
+    pairs: str
+    output: str
+    left_column: str = "left_id"
+    right_column: str = "right_id"
+    left_text: str = "left_text"
+    right_text: str = "right_text"
+    store: str | None = None
+    right_store: str | None = None
+    encoder: EncoderOptions | None = None
+    records: str | None = None
+    right_records: str | None = None
+    id_column: str = "id"
+    text_column: str = "text"
+    template: str | None = None
+    dtype: VectorDtype = "int8"
+    cache: str | None = None
+    threshold: float | None = None
+    min_score: float | None = None
+    top_k: int | None = None
+    columns: tuple[str, ...] | None = None
+    calibration: str | None = None
+    rows_per_unit: int = 4_000_000
+    run: RunOptions = field(default_factory=RunOptions)
+
+    def __post_init__(self) -> None:
+        _check_dtype(self.dtype)
+        _check_positive("rows-per-unit", self.rows_per_unit)
+        if self.top_k is not None:
+            _check_positive("top-k", self.top_k)
+        for name in ("threshold", "min_score"):
+            value = getattr(self, name)
+            if value is not None and value != value:
+                raise ConfigError(f"--{name.replace('_', '-')} must be a number, not NaN")
+        if self.store is not None and (self.encoder is not None or self.records is not None):
+            raise ConfigError(
+                "give either --store (vectors are ready) or --encoder (texts are encoded first), not both"
+            )
+        if self.store is None and self.encoder is None:
+            raise ConfigError(
+                "give --store STORE, or --encoder DIR with --records PATH, or --encoder DIR for inline texts"
+            )
+        if self.right_store is not None and self.store is None:
+            raise ConfigError("--right-store needs --store")
+        if self.right_records is not None and self.records is None:
+            raise ConfigError("--right-records needs --records")
+        if self.columns is not None:
+            if not self.columns:
+                raise ConfigError("--columns is empty; name at least one, for instance score")
+            if len(set(self.columns)) != len(self.columns):
+                raise ConfigError("--columns names a column twice")
+
+    @property
+    def is_inline(self) -> bool:
+        """Whether the pairs hold the texts themselves."""
+        return self.store is None and self.records is None
+
+    @property
+    def pair_columns(self) -> tuple[str, str]:
+        """The two input columns that say what is compared."""
+        return (self.left_text, self.right_text) if self.is_inline else (self.left_column, self.right_column)
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in VECTOR_DTYPES:
+        raise ConfigError(f"--dtype must be one of {', '.join(VECTOR_DTYPES)}, not {dtype!r}")
+
+
+def _check_positive(name: str, value: int) -> None:
+    if value < 1:
+        raise ConfigError(f"--{name} must be at least 1, not {value}")

@@ -1,0 +1,59 @@
+"""The errors that flipkd raises on purpose. Everything else is a bug.
+
+::
+
+    FlipkdError                     exit code 1
+    ├── ConfigError                 exit code 2: an option, a column name or a template that cannot be used
+    ├── InputError                  a file or table of the user's that cannot be read as asked
+    │   └── ConflictingRecordsError     one record id, two different texts
+    ├── OutputError                 the output folder cannot be used: not writable, full, another run's
+    │   └── OutputInUseError            another live job holds the lock
+    ├── ModelError                  a model folder that cannot be loaded, or may not be
+    ├── KernelError                 a kernel that was asked for by name cannot run here
+    └── ClusterError                the Ray job stalled, lost its workers, or spent its error budget
+
+A message names the file, column or option and the way out. It never holds the text or the id of a record: a record is
+named by its file and row.
+"""
+
+from __future__ import annotations
+
+
+class FlipkdError(Exception):
+    """Base of all errors raised on purpose."""
+
+    exit_code = 1
+
+
+class ConfigError(FlipkdError):
+    """An option, column name or template that cannot be used."""
+
+    exit_code = 2
+
+
+class InputError(FlipkdError):
+    """A file or table that cannot be read as asked."""
+
+
+class ConflictingRecordsError(InputError):
+    """The same record id stands twice with different texts."""
+
+
+class OutputError(FlipkdError):
+    """The output folder cannot be used."""
+
+
+class OutputInUseError(OutputError):
+    """Another live job holds the output folder's lock."""
+
+
+class ModelError(FlipkdError):
+    """A model folder that cannot be loaded, or may not be."""
+
+
+class KernelError(FlipkdError):
+    """A kernel that was asked for by name cannot run here."""
+
+
+class ClusterError(FlipkdError):
+    """The Ray job cannot go on."""

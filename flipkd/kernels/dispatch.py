@@ -1,0 +1,58 @@
+"""Which implementation of a kernel runs here. Resolved once, logged, with one override.
+
+The override is the environment variable FLIPKD_PAIR_SCORE (or the argument `backend`): "cpu", "reference" or "triton".
+An explicit choice that cannot run raises KernelError; it never falls back.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import os
+
+from flipkd.errors import KernelError
+from flipkd.kernels.native import native
+
+BACKENDS = ("cpu", "reference", "triton")
+OVERRIDE = "FLIPKD_PAIR_SCORE"
+
+_log = logging.getLogger(__name__)
+
+
+def pair_score_backend(asked: str | None = None) -> str:
+    """Return the backend that scores pairs of rows held in main memory: "cpu", "reference" or "triton".
+
+    Without a choice it is the compiled library, or the PyTorch reference where there is none (`native` warns once).
+    Triton is never picked by itself: it needs the rows in GPU memory.
+
+    Args:
+        asked: a backend's name; None reads FLIPKD_PAIR_SCORE.
+
+    Raises:
+        KernelError: the choice is unknown or cannot run here.
+    """
+    return _resolve(asked or os.environ.get(OVERRIDE) or "")
+
+
+@functools.cache
+def _resolve(asked: str) -> str:
+    if asked and asked not in BACKENDS:
+        raise KernelError(f"pair_score backend {asked!r} is not one of {', '.join(BACKENDS)}; see {OVERRIDE}")
+    if asked == "triton" and importlib.util.find_spec("triton") is None:
+        raise KernelError(
+            f"pair_score backend 'triton' needs the triton package: pip install 'flipkd[gpu]', or unset {OVERRIDE}"
+        )
+    if asked in ("reference", "triton"):
+        chosen = asked
+    elif native() is not None:
+        chosen = "cpu"
+    elif asked == "cpu":
+        raise KernelError(
+            "pair_score backend 'cpu' needs the compiled library: reinstall flipkd with a C++17 compiler present, "
+            f"or unset {OVERRIDE}"
+        )
+    else:
+        chosen = "reference"
+    _log.info("pair_score runs on backend %r (%s)", chosen, "asked for" if asked else "chosen")
+    return chosen

@@ -1,0 +1,113 @@
+"""The transformer below the pooling: token ids of equal length to token vectors.
+
+Importing this imports torch; transformers' model code is imported when a model is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flipkd.errors import ModelError
+from flipkd.models.folder import ModelFolder
+
+# Encoder-decoder families of which the encoder alone can be loaded; sentence-transformers does the same.
+_ENCODER_CLASSES = {
+    "t5": "T5EncoderModel",
+    "mt5": "MT5EncoderModel",
+    "umt5": "UMT5EncoderModel",
+    "longt5": "LongT5EncoderModel",
+}
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A loaded transformer.
+
+    ``states`` maps ids int64 [texts, tokens] (no padding) to token vectors [texts, tokens, width].
+    ``position_limit`` is the longest input of a model with a table of learned positions, None for others.
+    """
+
+    states: Callable[[Tensor], Tensor]
+    position_limit: int | None
+
+
+def load_backbone(folder: ModelFolder, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> Backbone:
+    """Loads the transformer of a folder, without dropout, without a key-value cache, from safetensors only.
+
+    Raises:
+        ModelError: transformers cannot load it, or it needs code of its own and that was not allowed.
+    """
+    model = _load_model(folder, dtype, trust_remote_code).to(device).eval()
+
+    def states(ids: Tensor) -> Tensor:
+        # No mask: nothing is padded, so every token counts. Causal models still mask the future by themselves.
+        output: Tensor = model(input_ids=ids).last_hidden_state
+        return output
+
+    return Backbone(states, _position_limit(model))
+
+
+def _load_model(folder: ModelFolder, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
+    import transformers
+    from transformers.utils import logging as transformers_logging
+
+    path = str(folder.transformer_path)
+    shows_bar = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # one bar per worker in a log file helps nobody
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            path, trust_remote_code=trust_remote_code, local_files_only=True, **folder.config_settings
+        )
+        if hasattr(config, "use_cache"):
+            config.use_cache = False
+        name = "AutoModel"
+        if getattr(config, "is_encoder_decoder", False):
+            if config.model_type not in _ENCODER_CLASSES:
+                raise ModelError(f"{path}: encoder-decoder model {config.model_type} is not supported")
+            name = _ENCODER_CLASSES[config.model_type]
+        settings: dict[str, Any] = dict(folder.model_settings)
+        if name == "AutoModel":
+            settings["trust_remote_code"] = trust_remote_code
+        model, report = getattr(transformers, name).from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            **settings,
+        )
+    except ModelError:
+        raise
+    except Exception as error:  # transformers raises whatever it meets: OSError, ValueError, KeyError, SafetensorError
+        hint = "" if trust_remote_code else " (a model that needs code of its own loads only with trust_remote_code)"
+        raise ModelError(
+            f"{path}: transformers cannot load this model{hint}: {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        if shows_bar:
+            transformers_logging.enable_progress_bar()
+    # A head that pooling never reads may be absent; anything else absent would be random numbers in the vectors.
+    missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))
+    if missing or report.get("mismatched_keys"):
+        raise ModelError(
+            f"{path}: weights are missing or of the wrong shape, first {(missing or report['mismatched_keys'])[0]}"
+        )
+    loaded: nn.Module = model
+    return loaded
+
+
+def _position_limit(model: nn.Module) -> int | None:
+    """Longest input that a table of learned positions allows."""
+    for module in model.modules():
+        table = getattr(module, "position_embeddings", None) or getattr(module, "wpe", None)
+        if isinstance(table, nn.Embedding):
+            # The RoBERTa family counts positions from padding_idx + 1.
+            padding = getattr(module, "padding_idx", None)
+            return table.num_embeddings - (padding + 1 if isinstance(padding, int) else 0)
+    return None

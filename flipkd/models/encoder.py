@@ -1,0 +1,282 @@
+"""Texts to vectors: any sentence-transformers bi-encoder folder, without sentence-transformers.
+
+Vectors equal ``SentenceTransformer(folder).encode(texts, normalize_embeddings=True)`` but for two things, both wanted:
+special tokens inside a text are plain text here, and nothing is ever padded, so a text's vector does not depend on its
+neighbours.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flipkd.errors import ConfigError, ModelError
+from flipkd.models.folder import ModelFolder, folder_fingerprint, read_folder
+from flipkd.models.tokens import Frame, TextTokenizer, chat_frame, equal_length_batches, tokenized_chunks
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("float32", "bf16")
+DEVICES = ("cpu", "cuda", "auto")
+# Measured with MiniLM: on a CPU a batch should stay in the cache, a GPU wants to be filled.
+MAX_TOKENS = {"cpu": 2048, "cuda": 65536}
+
+
+@dataclass(frozen=True)
+class EncodedTexts:
+    """Vectors of N texts, in their order.
+
+    ``vectors`` float32 [N, dim]; ``truncated`` bool [N], whether the text was longer than the encoder's maximum length;
+    ``tokens`` int32 [N], tokens that the model saw, special tokens included.
+    """
+
+    vectors: np.ndarray
+    truncated: np.ndarray
+    tokens: np.ndarray
+
+
+class Encoder:
+    """A loaded bi-encoder. Use ``load_encoder`` to get one.
+
+    Args:
+        tokenizer: texts to token ids.
+        model: ids int64 [texts, tokens] to vectors float32 [texts, dim], both on ``device``.
+        exact_model: gives the same in float32; called only when ``model`` gives a number that is not finite.
+        dim: size of a vector.
+        max_length: most tokens per text, special tokens included; None for no limit.
+        dtype: "float32" or "bf16", what the transformer computes in; pooling and all after it are float32.
+        device: where ``model`` runs.
+        fingerprint: ``folder_fingerprint`` of the folder and the maximum length that was asked for.
+    """
+
+    def __init__(
+        self,
+        *,
+        tokenizer: TextTokenizer,
+        model: Callable[[torch.Tensor], torch.Tensor],
+        exact_model: Callable[[torch.Tensor], torch.Tensor] | None,
+        dim: int,
+        max_length: int | None,
+        dtype: str,
+        device: torch.device,
+        fingerprint: str,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._model = model
+        self._exact_model = exact_model
+        self._process = os.getpid()
+        self.dim = dim
+        self.max_length = max_length
+        self.dtype = dtype
+        self.device = device
+        self.fingerprint = fingerprint
+
+    def encode(self, texts: Sequence[str], *, max_tokens: int | None = None, normalize: bool = True) -> EncodedTexts:
+        """Encodes texts; each distinct text once.
+
+        Args:
+            texts: N texts, normalised by the caller; they are taken as they are.
+            max_tokens: most tokens per batch (a longer text has a batch of its own); by default what suits the device.
+            normalize: divide each vector by its length, as everything downstream takes it (scores are cosines); False
+                gives what the folder's own last step gives.
+
+        Returns:
+            Vectors, truncation flags and token counts in the order of ``texts``. A text without any token (the empty
+            text, where the tokenizer adds no special tokens) has the zero vector and 0 tokens.
+
+        Raises:
+            ConfigError: ``max_tokens`` is not positive.
+            ModelError: the model gives numbers that are not finite, in float32 too; names the places of the texts.
+        """
+        import torch
+
+        if max_tokens is None:
+            max_tokens = MAX_TOKENS[self.device.type]
+        if max_tokens < 1:
+            raise ConfigError(f"max_tokens must be at least 1, not {max_tokens}")
+        if os.getpid() != self._process:
+            # A forked child has none of the OpenMP threads of its parent; it would wait for them for ever.
+            torch.set_num_threads(1)
+            self._process = os.getpid()
+        first_places: dict[str, int] = {}
+        rows = np.fromiter((first_places.setdefault(text, len(first_places)) for text in texts), np.int64, len(texts))
+        distinct = list(first_places)
+        vectors = np.zeros((len(distinct), self.dim), dtype=np.float32)
+        truncated = np.zeros(len(distinct), dtype=np.bool_)
+        tokens = np.zeros(len(distinct), dtype=np.int32)
+
+        def noted() -> Any:
+            for start, chunk in tokenized_chunks(self._tokenizer, distinct):
+                truncated[start : start + len(chunk.ids)] = chunk.truncated
+                tokens[start : start + len(chunk.ids)] = [len(ids) for ids in chunk.ids]
+                yield start, chunk
+
+        with torch.inference_mode():
+            for places, ids in equal_length_batches(noted(), max_tokens):
+                found, finite = self._encode_batch(ids)
+                if not finite.all():
+                    # By place in the input, not by text: records are private.
+                    bad = np.flatnonzero(np.isin(rows, places[~finite]))
+                    shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
+                    raise ModelError(
+                        f"the encoder gives numbers that are not finite, in float32 too, for {len(bad)} of the texts "
+                        f"(places {shown}); its weights or the texts are out of range"
+                    )
+                vectors[places] = found
+        if normalize:
+            vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        if len(distinct) == len(texts):
+            return EncodedTexts(vectors, truncated, tokens)
+        return EncodedTexts(vectors[rows], truncated[rows], tokens[rows])
+
+    def _encode_batch(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Vectors of a batch, and which of them are finite."""
+        import torch
+
+        batch = torch.from_numpy(ids).to(self.device)
+        found: np.ndarray = self._model(batch).cpu().numpy()
+        finite = np.isfinite(found).all(axis=1)
+        if not finite.all() and self._exact_model is not None:
+            found = self._exact_model(batch).cpu().numpy()
+            finite = np.isfinite(found).all(axis=1)
+        return found, finite
+
+
+def load_encoder(
+    folder: str | Path,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    max_length: int | None = None,
+    trust_remote_code: bool = False,
+    threads: int | None = None,
+) -> Encoder:
+    """Loads a bi-encoder in sentence-transformers format.
+
+    Args:
+        folder: a local folder, or the name of a model on the hub (owner/name) where no such folder exists.
+        dtype: "float32" or "bf16".
+        device: "cpu", "cuda", or "auto" (CUDA if there is a device).
+        max_length: most tokens per text, special tokens included; by default what the folder says.
+        trust_remote_code: allow the folder to bring Python code for its transformer or tokenizer.
+        threads: CPU threads that torch may use, in this whole process; by default torch's own choice.
+
+    Raises:
+        ConfigError: an argument is out of range.
+        ModelError: the folder cannot be loaded; the message names the file and the way out.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is not known; choose from {', '.join(DTYPES)}")
+    if device not in DEVICES:
+        raise ConfigError(f"device {device!r} is not known; choose from {', '.join(DEVICES)}")
+    if max_length is not None and max_length < 1:
+        raise ConfigError(f"max_length must be at least 1, not {max_length}")
+    settings = read_folder(folder)  # before torch is imported, so that a wrong folder is reported at once
+
+    import torch
+
+    from flipkd.models.backbone import load_backbone
+    from flipkd.models.pooling import load_head, pool
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    place = torch.device(device)
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device 'cuda' was asked for, but torch sees no CUDA device; use cpu or auto")
+    transformers_tokenizer = _load_tokenizer(settings, trust_remote_code)
+    backbone = load_backbone(settings, torch.bfloat16 if dtype == "bf16" else torch.float32, place, trust_remote_code)
+    limit = _max_length(settings, transformers_tokenizer, backbone.position_limit, max_length)
+    tokenizer = _text_tokenizer(settings, transformers_tokenizer, limit)
+    head = load_head(settings, place)
+    skip = tokenizer.prompt_tokens if settings.prompt and not settings.pools_prompt else 0
+
+    def through(states: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+        def model(ids: torch.Tensor) -> torch.Tensor:
+            vectors = pool(states(ids), settings.pooling_modes, skip)
+            for step in head:
+                vectors = step(vectors)
+            return vectors[:, : settings.truncate_dim]
+
+        return model
+
+    def exact_model(ids: torch.Tensor) -> torch.Tensor:
+        # Loaded when the first number overflows, and then kept: most runs never need it.
+        if not exact:
+            exact.append(through(load_backbone(settings, torch.float32, place, trust_remote_code).states))
+        return exact[0](ids)
+
+    exact: list[Callable[[torch.Tensor], torch.Tensor]] = []
+    model = through(backbone.states)
+    with torch.inference_mode():
+        probe = tokenizer.tokenize(["probe"]).ids[0]
+        dim = model(torch.tensor([probe], device=place)).shape[1]
+    return Encoder(
+        tokenizer=tokenizer,
+        model=model,
+        exact_model=exact_model if dtype == "bf16" else None,
+        dim=dim,
+        max_length=limit,
+        dtype=dtype,
+        device=place,
+        fingerprint=folder_fingerprint(settings.path, max_length),
+    )
+
+
+def _load_tokenizer(settings: ModelFolder, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    path = str(settings.transformer_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, trust_remote_code=trust_remote_code, local_files_only=True, **settings.tokenizer_settings
+        )
+    except Exception as error:  # transformers raises whatever it meets
+        raise ModelError(f"{path}: transformers cannot load the tokenizer: {type(error).__name__}: {error}") from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(f"{path}: has no fast tokenizer (tokenizer.json); save it with a fast one")
+    return tokenizer
+
+
+def _max_length(settings: ModelFolder, tokenizer: Any, position_limit: int | None, wanted: int | None) -> int | None:
+    """The effective maximum length: what was asked for, else what the folder says, at most what the model can take."""
+    if wanted is not None:
+        if position_limit is not None and wanted > position_limit:
+            raise ConfigError(f"max_length {wanted} is more than the {position_limit} positions of this model")
+        return wanted
+    limit = settings.max_length
+    if limit is None and settings.truncates:
+        # transformers writes a huge number where a tokenizer has no limit.
+        limit = tokenizer.model_max_length if tokenizer.model_max_length < 1e9 else None
+    if position_limit is not None:
+        limit = min(limit or position_limit, position_limit)
+    return limit
+
+
+def _text_tokenizer(settings: ModelFolder, tokenizer: Any, limit: int | None) -> TextTokenizer:
+    frame = Frame(prefix=settings.prompt)
+    chat = dict(settings.chat_settings)
+    restores_suffix = bool(chat.pop("restore_suffix", True)) and settings.message_format is not None
+    if settings.message_format is not None:
+        frame = chat_frame(tokenizer, settings.message_format, settings.prompt, chat)
+    try:
+        return TextTokenizer(
+            tokenizer.backend_tokenizer,
+            max_length=limit,
+            frame=frame,
+            # A chat template writes its own special tokens.
+            adds_special_tokens=settings.adds_special_tokens and settings.message_format is None,
+            lower_case=settings.lower_case,
+            cuts_left=tokenizer.truncation_side == "left",
+            restores_suffix=restores_suffix,
+            unknown=tokenizer.unk_token_id,
+        )
+    except ModelError as error:
+        raise ModelError(f"{settings.transformer_path}: {error}") from error

@@ -1,0 +1,86 @@
+"""Token vectors to one vector per text: pooling, Dense and Normalize, always in float32.
+
+Batches hold texts of equal length without padding, so none of this needs a mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from flipkd.errors import ModelError
+from flipkd.models.folder import ModelFolder
+from flipkd.models.settings import DenseSettings, NormalizeSettings
+
+Head = Callable[[Tensor], Tensor]
+
+
+def pool(states: Tensor, modes: tuple[str, ...], skip: int = 0) -> Tensor:
+    """Pools token vectors as sentence-transformers does for unpadded texts.
+
+    Args:
+        states: token vectors, [texts, tokens, width], any floating dtype, at least one token.
+        modes: pooling modes; several are concatenated in this order.
+        skip: leading tokens (of a prompt) that are left out. They still count as positions in ``weightedmean``.
+
+    Returns:
+        float32 [texts, width * len(modes)].
+    """
+    states = states[:, skip:]
+    length = states.shape[1]
+    parts = []
+    for mode in modes:
+        if mode == "cls":
+            part = states[:, 0].float()
+        elif mode == "lasttoken":
+            part = states[:, -1].float()
+        elif mode == "max":
+            part = states.amax(dim=1).float()
+        elif mode == "mean":
+            part = states.sum(dim=1, dtype=torch.float32) / length
+        elif mode == "mean_sqrt_len_tokens":
+            part = states.sum(dim=1, dtype=torch.float32) / length**0.5
+        elif mode == "weightedmean":
+            weights = torch.arange(1 + skip, 1 + skip + length, dtype=torch.float32, device=states.device)
+            part = (states.float() * weights[:, None]).sum(dim=1) / weights.sum()
+        else:
+            raise ModelError(f"pooling mode {mode!r} is not supported")
+        parts.append(part)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def load_head(folder: ModelFolder, device: torch.device) -> list[Head]:
+    """Loads the steps after pooling, each a function float32 [texts, n] to float32 [texts, m]."""
+    return [_normalize if isinstance(step, NormalizeSettings) else _load_dense(step, device) for step in folder.steps]
+
+
+def _normalize(vectors: Tensor) -> Tensor:
+    return nn.functional.normalize(vectors, p=2.0, dim=-1)
+
+
+def _load_dense(settings: DenseSettings, device: torch.device) -> Head:
+    file = settings.path / "model.safetensors"
+    weights = {name: value.to(device, torch.float32) for name, value in load_file(file).items()}
+    projects_residual = settings.use_residual and settings.in_features != settings.out_features
+    wanted: dict[str, tuple[int, ...]] = {"linear.weight": (settings.out_features, settings.in_features)}
+    if settings.bias:
+        wanted["linear.bias"] = (settings.out_features,)
+    if projects_residual:
+        wanted["residual.weight"] = (settings.out_features, settings.in_features)
+    found = {name: tuple(value.shape) for name, value in weights.items()}
+    if found != wanted:
+        raise ModelError(f"{file}: holds {found}, but its config.json asks for {wanted}")
+    activation: nn.Module = getattr(nn, settings.activation)()
+
+    def dense(vectors: Tensor) -> Tensor:
+        output: Tensor = activation(nn.functional.linear(vectors, weights["linear.weight"], weights.get("linear.bias")))
+        if settings.use_residual:
+            output = output + (
+                nn.functional.linear(vectors, weights["residual.weight"]) if projects_residual else vectors
+            )
+        return output
+
+    return dense

@@ -1,0 +1,280 @@
+"""Texts to token ids, and token ids to batches in which nothing is padded.
+
+A text's tokens are ``head + body + tail``: head and tail are the special tokens that the tokenizer's own template adds,
+the body is the text alone, cut so that the whole has at most ``max_length`` tokens. Doing this ourselves, instead of
+through the tokenizer's truncation, tells exactly which texts were cut, and lets us see (and undo) a special token that
+the text itself smuggled in: "</s>" inside a record is four characters of text, not an end.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+from tokenizers.normalizers import Lowercase
+from tokenizers.normalizers import Sequence as NormalizerSequence
+
+from flipkd.errors import ModelError
+
+CHUNK_TEXTS = 1024
+_PROBES = ("flipkd probe 0", "Wholly different: 17 | b")
+
+
+def _tokenise_in_one_thread() -> None:
+    # A forked child has none of the tokenizer library's threads; it would wait for them for ever if
+    # TOKENIZERS_PARALLELISM=true stayed in force.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+os.register_at_fork(after_in_child=_tokenise_in_one_thread)
+
+
+@dataclass(frozen=True)
+class TokenizedTexts:
+    """Token ids of some texts, and which of them were cut to the maximum length."""
+
+    ids: list[list[int]]
+    truncated: list[bool]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What stands around every text as the folder's own configuration asks: a prompt, or a rendered chat template."""
+
+    prefix: str = ""
+    suffix: str = ""
+
+
+class TextTokenizer:
+    """Tokenises records for one encoder.
+
+    Args:
+        backend: the fast tokenizer as transformers loads it; copied, never changed.
+        max_length: most tokens per text, special tokens included.
+        frame: text around every record; special tokens in it do count as such, since the folder wrote it.
+        adds_special_tokens: whether the tokenizer's template (``[CLS] ... [SEP]``) is applied.
+        lower_case: lower-case before anything else, as ``do_lower_case`` asks.
+        cuts_left: drop the start of a text that is too long instead of its end.
+        restores_suffix: write the frame's closing tokens over the end of a text that was cut (chat templates).
+        unknown: the id of the unknown token, which plain text may well give; None if there is none.
+    """
+
+    def __init__(
+        self,
+        backend: Tokenizer,
+        *,
+        max_length: int | None,
+        frame: Frame | None = None,
+        adds_special_tokens: bool = True,
+        lower_case: bool = False,
+        cuts_left: bool = False,
+        restores_suffix: bool = False,
+        unknown: int | None = None,
+    ) -> None:
+        self._plain = _copy(backend, lower_case)
+        self._plain.encode_special_tokens = True
+        self._framed = _copy(backend, lower_case)
+        self._framed.encode_special_tokens = False
+        self._frame = frame or Frame()
+        self._has_frame = self._frame != Frame()
+        self._cuts_left = cuts_left
+        self.head, self.tail = _template(self._framed) if adds_special_tokens else ([], [])
+        self._room = None if max_length is None else max_length - len(self.head) - len(self.tail)
+        if self._room is not None and self._room < 1:
+            raise ModelError(f"max_length {max_length} leaves no room for text beside the special tokens; raise it")
+        added = self._framed.get_added_tokens_decoder()
+        self._contents = {
+            number: token.content for number, token in added.items() if token.special and number != unknown
+        }
+        self._special = np.array(sorted(self._contents), dtype=np.int64)
+        self._own_specials = self._count_special([self._frame_ids(_PROBES[0])])[0]
+        self._suffix = self._closing() if restores_suffix else []
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens before the text proper: the template's head and the frame's prefix."""
+        return len(self.head) + len(self._framed.encode(self._frame.prefix, add_special_tokens=False).ids)
+
+    def tokenize(self, texts: Sequence[str]) -> TokenizedTexts:
+        """Tokenises texts. Ids in the order of the texts; a text may have no token at all."""
+        if self._has_frame:
+            batch: list[str] = [f"{self._frame.prefix}{text}{self._frame.suffix}" for text in texts]
+            encodings = self._framed.encode_batch_fast(batch, add_special_tokens=False)
+        else:
+            encodings = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
+        bodies: list[list[int]] = [encoding.ids for encoding in encodings]
+        for place in np.flatnonzero(self._count_special(bodies) != self._own_specials).tolist():
+            bodies[place] = self._without_smuggled(texts[place])
+        room, suffix = self._room, self._suffix
+        truncated = [False] * len(bodies)
+        for place, body in enumerate(bodies):
+            if room is not None and len(body) > room:
+                truncated[place] = True
+                body = body[-room:] if self._cuts_left else body[:room]
+                if suffix:
+                    kept = min(len(suffix), len(body))
+                    body[-kept:] = suffix[-kept:]
+            bodies[place] = self.head + body + self.tail
+        return TokenizedTexts(bodies, truncated)
+
+    def _count_special(self, bodies: list[list[int]]) -> np.ndarray:
+        """Special tokens in each body, int64 [texts]."""
+        lengths = np.fromiter(map(len, bodies), dtype=np.int64, count=len(bodies))
+        flat = np.fromiter((number for body in bodies for number in body), dtype=np.int64, count=int(lengths.sum()))
+        total = np.concatenate(([0], np.cumsum(np.isin(flat, self._special))))
+        ends = np.cumsum(lengths)
+        counts: np.ndarray = total[ends] - total[ends - lengths]
+        return counts
+
+    def _frame_ids(self, text: str) -> list[int]:
+        whole = f"{self._frame.prefix}{text}{self._frame.suffix}"
+        ids: list[int] = self._framed.encode(whole, add_special_tokens=False).ids
+        return ids
+
+    def _without_smuggled(self, text: str) -> list[int]:
+        """Frame and text tokenised apart, so that the text cannot use special tokens."""
+        before, after = (
+            self._framed.encode(part, add_special_tokens=False).ids if part else []
+            for part in (self._frame.prefix, self._frame.suffix)
+        )
+        middle: list[int] = []
+        for number in self._plain.encode(text, add_special_tokens=False).ids:
+            if number not in self._contents:
+                middle.append(number)
+                continue
+            # Some vocabularies hold "</s>" as an ordinary word too: spell it, one character at a time.
+            for character in self._contents[number]:
+                spelled = self._plain.encode(character, add_special_tokens=False).ids
+                middle.extend(piece for piece in spelled if piece not in self._contents)
+        return [*before, *middle, *after]
+
+    def _closing(self) -> list[int]:
+        """The tokens that end every framed text: the longest common end of two different ones."""
+        first, second = self._frame_ids("0"), self._frame_ids("1 2 3 4")
+        count = 0
+        while count < min(len(first), len(second)) and first[-1 - count] == second[-1 - count]:
+            count += 1
+        return first[len(first) - count :] if 0 < count < min(len(first), len(second)) else []
+
+
+def _copy(backend: Tokenizer, lower_case: bool) -> Tokenizer:
+    copy = Tokenizer.from_str(backend.to_str())
+    copy.no_padding()
+    copy.no_truncation()
+    if lower_case and "Lowercase" not in str(copy.normalizer) and "lowercase=True" not in str(copy.normalizer):
+        copy.normalizer = NormalizerSequence([Lowercase(), *([copy.normalizer] if copy.normalizer is not None else [])])
+    return copy
+
+
+def _template(backend: Tokenizer) -> tuple[list[int], list[int]]:
+    """The special tokens before and after a single text, as the tokenizer's own template adds them.
+
+    Raises:
+        ModelError: the template does more than to add tokens before and after.
+    """
+    encoding = backend.encode(_PROBES[0])
+    mask = encoding.special_tokens_mask
+    start = next((place for place, added in enumerate(mask) if not added), len(mask))
+    stop = next((len(mask) - place for place, added in enumerate(reversed(mask)) if not added), start)
+    head, tail = encoding.ids[:start], encoding.ids[stop:]
+    for probe in _PROBES:
+        whole = backend.encode(probe)
+        if whole.ids != [*head, *backend.encode(probe, add_special_tokens=False).ids, *tail] or any(whole.type_ids):
+            raise ModelError(
+                "this tokenizer's template does more than add tokens before and after a text; not supported"
+            )
+    return head, tail
+
+
+def chat_frame(tokenizer: Any, message_format: str, prompt: str, settings: dict[str, Any]) -> Frame:
+    """The text that a tokenizer's chat template puts around one user message.
+
+    Raises:
+        ModelError: the template is missing, or changes the text beyond adding something before and after.
+    """
+
+    def render(text: str) -> str:
+        turns = [("system", prompt)] if prompt else []
+        turns.append(("user", text))
+        messages = [
+            {"role": role, "content": content if message_format == "flat" else [{"type": "text", "text": content}]}
+            for role, content in turns
+        ]
+        rendered: str = tokenizer.apply_chat_template(messages, tokenize=False, **settings)
+        return rendered
+
+    try:
+        parts = render(_PROBES[0]).split(_PROBES[0])
+        same = len(parts) == 2 and render(_PROBES[1]) == _PROBES[1].join(parts)
+    except Exception as error:  # a template is a program; whatever it raises means that it cannot be used
+        raise ModelError(
+            f"the folder asks for its chat template, which fails ({type(error).__name__}); if the model was trained on "
+            "plain text, delete 'message' from modality_config in sentence_bert_config.json"
+        ) from error
+    if not same:
+        raise ModelError(
+            "the folder asks for its chat template, which does more than put something before and after a text; if the "
+            "model was trained on plain text, delete 'message' from modality_config in sentence_bert_config.json"
+        )
+    return Frame(*parts)
+
+
+def tokenized_chunks(tokenizer: TextTokenizer, texts: Sequence[str]) -> Iterator[tuple[int, TokenizedTexts]]:
+    """Tokenises in chunks, the next ones in a thread while the caller works on this one (the tokenizer frees the GIL).
+
+    Yields:
+        the place of the chunk's first text, and the chunk; in the order of the texts.
+    """
+    starts = range(0, len(texts), CHUNK_TEXTS)
+    if len(starts) < 2:
+        if texts:
+            yield 0, tokenizer.tokenize(texts)
+        return
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="flipkd-tokenize") as pool:
+        waiting: deque[tuple[int, Future[TokenizedTexts]]] = deque()
+        for start in starts:
+            waiting.append((start, pool.submit(tokenizer.tokenize, texts[start : start + CHUNK_TEXTS])))
+            if len(waiting) > 2:
+                first, chunk = waiting.popleft()
+                yield first, chunk.result()
+        while waiting:
+            first, chunk = waiting.popleft()
+            yield first, chunk.result()
+
+
+def equal_length_batches(
+    chunks: Iterable[tuple[int, TokenizedTexts]], max_tokens: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Groups texts of equal length, so that no batch needs padding.
+
+    A batch leaves as soon as it holds ``max_tokens`` tokens, so the model starts before the last text is tokenised;
+    what is left over goes out at the end, short texts first. Which texts share a batch follows from their order alone.
+
+    Yields:
+        places int64 [texts] in the input, and ids int64 [texts, tokens]. Texts without tokens come in no batch. A text
+        longer than ``max_tokens`` has a batch of its own.
+    """
+    rows: dict[int, list[list[int]]] = {}
+    places: dict[int, list[int]] = {}
+
+    def batch(length: int) -> tuple[np.ndarray, np.ndarray]:
+        return np.array(places.pop(length), dtype=np.int64), np.array(rows.pop(length), dtype=np.int64)
+
+    for start, chunk in chunks:
+        for offset, ids in enumerate(chunk.ids):
+            length = len(ids)
+            if not length:
+                continue
+            group = rows.setdefault(length, [])
+            group.append(ids)
+            places.setdefault(length, []).append(start + offset)
+            if (len(group) + 1) * length > max_tokens:
+                yield batch(length)
+    for length in sorted(rows):
+        yield batch(length)

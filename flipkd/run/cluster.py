@@ -1,0 +1,161 @@
+"""Runs work units on a Ray cluster. The only file that imports Ray.
+
+Ray Data drives a pool of actors over the units: it scales the pool between its bounds, replaces actors whose process
+or node died, tries their units again up to a limit, and ends a job that makes no progress. A bare
+``ray.util.ActorPool`` does none of these, so under node loss each would have been ours to write. Only units and reports
+pass through Ray, never texts or vectors; an output that is there already is not computed again, so a unit that is tried
+twice is written once.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import pyarrow.fs as pafs
+
+from flipkd.config import RunOptions
+from flipkd.data.shards import Location
+from flipkd.errors import ClusterError, ConfigError, FlipkdError
+from flipkd.run.job import UnitWorker
+from flipkd.run.local import attempt
+from flipkd.run.manifest import UnitReport, read_reports
+from flipkd.run.units import WorkUnit
+
+try:
+    import ray
+    import ray.data
+    import ray.exceptions
+except ImportError as missing:
+    raise ConfigError("--ray needs Ray: pip install 'flipkd[ray]'") from missing
+
+logger = logging.getLogger(__name__)
+
+
+class _UnitActor:
+    """Lives in a Ray worker: loads once, then runs one unit a call."""
+
+    def __init__(
+        self, make_worker: Callable[[int], UnitWorker], threads: int, output: Location, skip_bad_shards: bool
+    ) -> None:
+        self._worker = make_worker(threads)
+        self._output, self._skip = output, skip_bad_shards
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[bytes]]:
+        results: list[UnitReport | FlipkdError] = []
+        for item in batch["unit"]:
+            unit: WorkUnit = pickle.loads(item)
+            path = self._output.child(unit.output).path
+            try:
+                if self._output.filesystem.get_file_info(path).type == pafs.FileType.File:
+                    results += read_reports(self._output, [unit.output])
+                else:
+                    results.append(attempt(self._worker, unit, self._skip))
+            except FlipkdError as error:
+                # Sent as a value: raised here it would come back wrapped in a traceback of Ray's.
+                results.append(error)
+        return {"result": [pickle.dumps(result) for result in results]}
+
+
+def run_cluster(
+    make_worker: Callable[[int], UnitWorker],
+    units: Sequence[WorkUnit],
+    output: Location,
+    run: RunOptions,
+    *,
+    uses_model: bool,
+    skip_bad_shards: bool,
+) -> Iterator[UnitReport]:
+    """Yields reports as units finish, in any order.
+
+    Raises:
+        ClusterError: no worker could start in time, nothing finished for ``stall_timeout_s``, or a unit's worker died
+            more often than ``max_retries`` allows.
+        FlipkdError: what a unit raised.
+    """
+    connect(str(run.ray))
+    threads = run.threads or 1
+    resources = ray.cluster_resources()
+    gpus = run.gpus if run.gpus is not None else float(uses_model and resources.get("GPU", 0) >= 1)
+    fits = resources.get("GPU", 0) / gpus if gpus else resources.get("CPU", 0) / threads
+    largest = max(1, min(run.workers or int(fits), len(units)))
+    smallest = max(1, min(run.min_workers, largest))
+
+    context = ray.data.DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.wait_for_min_actors_s = max(1, int(run.start_timeout_s))
+    context.execution_no_progress_timeout_s = run.stall_timeout_s
+    context.max_consecutive_actor_init_deaths = run.max_retries
+    context.max_errored_blocks = run.max_failed_units if skip_bad_shards else 0
+    waiting = {unit.output for unit in units}
+    with ray.data.DataContext.current(context):
+        dataset = ray.data.from_items(
+            [{"unit": pickle.dumps(unit)} for unit in units], override_num_blocks=len(units)
+        ).map_batches(
+            _UnitActor,
+            fn_constructor_args=(make_worker, threads, output, skip_bad_shards),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(min_size=smallest, max_size=largest, max_tasks_in_flight_per_actor=2),
+            num_cpus=threads,
+            num_gpus=gpus or None,
+            max_task_retries=run.max_retries,
+        )
+        try:
+            for row in dataset.iter_rows():
+                result = pickle.loads(row["result"])
+                if isinstance(result, FlipkdError):
+                    raise result
+                waiting.discard(result.output)
+                yield result
+        except ray.exceptions.RayError as error:
+            raise ClusterError(_explain(error, run)) from error
+        except Exception as error:
+            if type(error).__module__.startswith("ray."):
+                raise ClusterError(_explain(error, run)) from error
+            raise
+    for name in sorted(waiting):  # only with skip_bad_shards: Ray gave these up
+        yield UnitReport(name, 0, 0, error=f"its worker died {run.max_retries + 1} times")
+
+
+def connect(address: str) -> None:
+    """Joins the cluster at ``address`` (``auto``, ``HOST:PORT``, ``ray://...``) or starts Ray here (``local``).
+
+    Raises:
+        ClusterError: there is no cluster, or it refuses this client.
+    """
+    if ray.is_initialized():
+        return
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if address == "local":
+        options["include_dashboard"] = False
+    try:
+        ray.init(address=address, **options)
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise ClusterError(f"--ray {address}: cannot join the cluster: {str(error).splitlines()[0]}") from error
+
+
+def _explain(error: BaseException, run: RunOptions) -> str:
+    """One line, with the way out; a worker's own words only where they are flipkd's."""
+    name = type(error).__name__
+    if isinstance(error, ray.exceptions.GetTimeoutError):
+        cpus = ray.cluster_resources().get("CPU", 0)
+        return (
+            f"no Ray worker could start within --start-timeout-s {run.start_timeout_s:.0f}: the cluster has "
+            f"{cpus:.0f} CPUs in all; add nodes, or lower --threads, --gpus or --min-workers"
+        )
+    if name == "ExecutionTimeoutError":
+        return f"no unit finished for --stall-timeout-s {run.stall_timeout_s:.0f}; finished units are kept, run again"
+    cause = error
+    while cause is not None and not isinstance(cause, FlipkdError):
+        cause = getattr(cause, "cause", None) or cause.__cause__  # type: ignore[assignment]
+    if isinstance(cause, FlipkdError):
+        return str(cause)
+    if isinstance(error, ray.exceptions.RayActorError):
+        return (
+            f"a worker died again and again ({name}), more than --max-retries {run.max_retries} allows; "
+            "look for memory or a crash in its node's Ray logs; finished units are kept, run again"
+        )
+    return f"the Ray job failed ({name}); finished units are kept, run again"

@@ -1,0 +1,154 @@
+"""One job: a plan of units, a worker for them, an output folder. The same for every command."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from flipkd.config import RunOptions
+from flipkd.data.shards import Location
+from flipkd.errors import ClusterError
+from flipkd.run.local import run_local
+from flipkd.run.manifest import MANIFEST, PLAN, Totals, UnitReport, read_reports, versions, write_json
+from flipkd.run.output import check_space, prepare
+from flipkd.run.progress import progress_bar
+from flipkd.run.units import Plan, WorkUnit
+
+logger = logging.getLogger(__name__)
+
+Kind = Literal["encode", "texts", "score"]
+
+
+class UnitWorker(Protocol):
+    """Holds what a worker loads once (a model, mapped stores) and runs units with it."""
+
+    def __call__(self, unit: WorkUnit) -> UnitReport:
+        """Runs one unit: reads, computes, commits one output."""
+        ...
+
+
+@dataclass(frozen=True)
+class Job:
+    """A planned job.
+
+    Args:
+        kind: what it computes.
+        output: folder of its outputs, locked by the caller.
+        plan: its units.
+        fingerprint: of everything that decides the outputs besides the input files.
+        make_worker: from a number of threads to a worker; pickled to Ray workers.
+        run: how to run.
+        unit_name: what a row is, for the progress bar.
+        uses_model: whether a worker runs a model: then one at a time in process (it uses all cores by itself), and a
+            GPU each on Ray.
+        output_bytes: size of the outputs, estimated.
+        about: further facts for the manifest.
+    """
+
+    kind: Kind
+    output: Location
+    plan: Plan
+    fingerprint: str
+    make_worker: Callable[[int], UnitWorker]
+    run: RunOptions
+    unit_name: str
+    uses_model: bool
+    output_bytes: int
+    about: Mapping[str, Any]
+
+
+def run_job(job: Job) -> dict[str, Any]:
+    """Runs the units whose outputs are not there yet and writes the manifest.
+
+    Returns:
+        The manifest. ``complete`` is false when files or units were skipped.
+
+    Raises:
+        OutputError: the output folder is another run's, or cannot be written.
+        InputError: an input file cannot be read, unless bad shards are skipped.
+        ClusterError: the Ray job stalled, or more units failed than the error budget allows.
+    """
+    started = time.perf_counter()
+    done = prepare(job.output, {unit.output for unit in job.plan.units}, job.run.overwrite)
+    pending = [unit for unit in job.plan.units if unit.output not in done]
+    pending_rows = sum(unit.rows for unit in pending)
+    check_space(job.output, job.output_bytes * pending_rows // max(job.plan.rows, 1))
+    write_json(job.output, PLAN, plan_facts(job))
+    if done:
+        logger.info("%d of %d units are done already", len(done), len(job.plan.units))
+    totals, failures = Totals(), []
+    with progress_bar(job.kind, job.plan.rows, job.unit_name, job.run.progress) as bar:
+        bar.update(job.plan.rows - pending_rows)
+        for report in _execute(job, pending):
+            totals.add(report)
+            bar.update(report.rows_in)
+            if report.error is not None:
+                failures.append({"output": report.output, "error": report.error})
+                logger.warning("skipped %s: %s", report.output, report.error)
+                if len(failures) > job.run.max_failed_units:
+                    raise ClusterError(
+                        f"{len(failures)} units failed, more than --max-failed-units {job.run.max_failed_units}; "
+                        f"the last one: {report.error}"
+                    )
+    seconds = time.perf_counter() - started
+    for report in read_reports(job.output, sorted(done)):
+        totals.add(report)
+    stages_complete = job.about.get("stages_complete", True)
+    manifest = {
+        "format": 1,
+        "kind": job.kind,
+        "fingerprint": job.fingerprint,
+        "complete": not job.plan.bad_shards and not failures and stages_complete,
+        **totals.as_dict(),
+        "units_resumed": len(done),
+        "skipped_shards": [{"name": name, "error": error} for name, error in job.plan.bad_shards],
+        "skipped_units": failures,
+        "wall_seconds": round(seconds, 3),
+        "rows_per_second": round(pending_rows / seconds, 1) if seconds else 0.0,
+        "versions": versions(),
+        **job.about,
+    }
+    write_json(job.output, MANIFEST, manifest)
+    return manifest
+
+
+def plan_facts(job: Job) -> dict[str, Any]:
+    """What the plan file holds: enough for ``status`` to tell how far the job is."""
+    return {
+        "format": 1,
+        "kind": job.kind,
+        "fingerprint": job.fingerprint,
+        "units": len(job.plan.units),
+        "rows": job.plan.rows,
+        "bytes_in": job.plan.bytes_in,
+        "output_bytes_estimate": job.output_bytes,
+        "skipped_shards": len(job.plan.bad_shards),
+        "started": time.time(),
+        "unit_name": job.unit_name,
+    }
+
+
+def _execute(job: Job, pending: Sequence[WorkUnit]) -> Iterator[UnitReport]:
+    if not pending:
+        return
+    skip = job.run.on_bad_shard == "skip"
+    if job.run.ray is not None:
+        from flipkd.run.cluster import run_cluster  # the only import of Ray
+
+        yield from run_cluster(
+            job.make_worker, pending, job.output, job.run, uses_model=job.uses_model, skip_bad_shards=skip
+        )
+        return
+    cores = job.run.threads or available_cores()
+    workers = 1 if job.uses_model else min(job.run.workers or cores, len(pending))
+    worker = job.make_worker(max(1, cores // workers))
+    yield from run_local(worker, pending, workers, skip)
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,203 @@
+"""The output folder of a job: whose it is, who works on it, what is done, and what a killed run left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import posixpath
+import re
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Iterable, Iterator
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+from filelock import FileLock, Timeout
+
+from flipkd.data.shards import (
+    PARQUET_SUFFIXES,
+    TEMPORARY_SUFFIX,
+    Location,
+    make_private_folder,
+    writing,
+)
+from flipkd.errors import ConfigError, OutputError, OutputInUseError
+from flipkd.run.manifest import MANIFEST, WORK_FOLDER
+from flipkd.run.units import FINGERPRINT_CHARACTERS
+
+logger = logging.getLogger(__name__)
+
+# What `units._unit` makes of a unit; only files named like this are ever deleted.
+_OUTPUT_NAME = re.compile(rf"\.rows\d{{12,}}-\d{{12,}}\.[0-9a-f]{{{FINGERPRINT_CHARACTERS}}}\.parquet$")
+_TEMPORARY_NAME = re.compile(rf"^\..+\.[0-9a-f]{{32}}{re.escape(TEMPORARY_SUFFIX)}$")
+_HEARTBEAT_S = 20.0
+_HEARTBEAT_STALE_S = 120.0
+
+
+def refuse_overlap(output: Location, inputs: Iterable[tuple[str, Location]]) -> None:
+    """Refuses an output folder that holds, or lies in, one of the inputs: the next run would take one for the other.
+
+    Raises:
+        ConfigError: names both.
+    """
+    own = _real(output)
+    for option, location in inputs:
+        other = _real(location)
+        if own == other or own.startswith(other.rstrip("/") + "/") or other.startswith(own.rstrip("/") + "/"):
+            raise ConfigError(f"--output {output.uri} and {option} {location.uri} lie in one another; choose another")
+
+
+def _real(location: Location) -> str:
+    return os.path.realpath(location.path) if location.is_local else location.uri.rstrip("/")
+
+
+@contextlib.contextmanager
+def locked(output: Location) -> Iterator[None]:
+    """Holds the folder's lock.
+
+    On a local or shared disk it is an operating system lock, which ends with the process, however that ends. On an
+    object store it is an object that the holder renews; one that was not renewed for two minutes is taken over.
+
+    Raises:
+        OutputInUseError: another live job holds it.
+        OutputError: the folder cannot be written.
+    """
+    refusal = OutputInUseError(f"another job is working on {output.uri}; wait for it, or choose another --output")
+    if output.is_local:
+        folder = os.path.join(output.path, WORK_FOLDER)
+        with writing(output.uri):
+            make_private_folder(folder)
+            lock = FileLock(os.path.join(folder, "lock"), timeout=0, mode=0o600)
+            try:
+                lock.acquire()
+            except Timeout:
+                raise refusal from None
+        try:
+            yield
+        finally:
+            lock.release()
+        return
+    with _heartbeat(output.child(f"{WORK_FOLDER}/lock"), refusal):
+        yield
+
+
+@contextlib.contextmanager
+def _heartbeat(target: Location, refusal: OutputInUseError) -> Iterator[None]:
+    holder = f"{socket.gethostname()}:{os.getpid()}:{time.time_ns()}"
+
+    def beat() -> None:
+        with writing(target.uri), target.filesystem.open_output_stream(target.path) as sink:
+            sink.write(json.dumps({"holder": holder, "time": time.time()}).encode())
+
+    try:
+        with target.filesystem.open_input_stream(target.path) as source:
+            found = json.loads(source.read())
+        if time.time() - float(found["time"]) < _HEARTBEAT_STALE_S:
+            raise refusal
+    except (FileNotFoundError, ValueError, KeyError):
+        pass
+    beat()
+    ended = threading.Event()
+
+    def keep_beating() -> None:
+        while not ended.wait(_HEARTBEAT_S):
+            try:
+                beat()
+            except OutputError:
+                logger.warning("could not renew the lock of %s", target.uri)
+
+    thread = threading.Thread(target=keep_beating, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        with contextlib.suppress(OSError):
+            target.filesystem.delete_file(target.path)
+
+
+def list_outputs(output: Location) -> tuple[set[str], list[str]]:
+    """Names of the Parquet files below the folder, and paths of temporary files that a killed run left.
+
+    One listing: its cost grows with the number of units.
+    """
+    selector = pafs.FileSelector(output.path, recursive=True, allow_not_found=True)
+    names, temporary = set(), []
+    root = output.path.rstrip("/") + "/"
+    for info in output.filesystem.get_file_info(selector):
+        if info.type != pafs.FileType.File:
+            continue
+        name = info.path[len(root) :] if info.path.startswith(root) else info.path.lstrip("/")
+        if name.startswith(f"{WORK_FOLDER}/"):
+            continue
+        if _TEMPORARY_NAME.match(posixpath.basename(name)):
+            temporary.append(info.path)
+        elif name.lower().endswith(PARQUET_SUFFIXES) and not posixpath.basename(name).startswith((".", "_")):
+            names.add(name)
+    return names, temporary
+
+
+def prepare(output: Location, wanted: set[str], overwrite: bool) -> set[str]:
+    """Makes the locked folder ready and says which of the wanted outputs are there already.
+
+    Raises:
+        OutputError: the folder holds files of another run (or of input that has changed) and ``overwrite`` is off, or
+            Parquet files that flipkd did not write.
+    """
+    names, temporary = list_outputs(output)
+    for path in temporary:
+        output.filesystem.delete_file(path)
+    foreign = names - wanted
+    if not foreign:
+        return names & wanted
+    strangers = [name for name in foreign if not _OUTPUT_NAME.search(name)]
+    if strangers:
+        raise OutputError(
+            f"{output.uri} holds {len(strangers)} Parquet files that flipkd did not write (such as {min(strangers)}); "
+            "choose another --output"
+        )
+    if not overwrite:
+        raise OutputError(
+            f"{output.uri} holds {len(foreign)} files of another run, or of input that has changed since; "
+            "choose another --output, or pass --overwrite to delete them"
+        )
+    logger.info("deleting %d files of another run in %s", len(names), output.uri)
+    with writing(output.uri):
+        for name in sorted(names):
+            output.filesystem.delete_file(output.child(name).path)
+        with contextlib.suppress(FileNotFoundError, pa.ArrowException):
+            output.filesystem.delete_file(output.child(MANIFEST).path)
+    return set()
+
+
+def remove_folder(location: Location) -> None:
+    """Deletes a work folder of flipkd's own; nothing when it is not there."""
+    if location.is_local:
+        shutil.rmtree(location.path, ignore_errors=True)
+        return
+    with contextlib.suppress(FileNotFoundError, OSError):
+        location.filesystem.delete_dir(location.path)
+
+
+def check_space(output: Location, needed_bytes: int) -> None:
+    """Refuses to start when the disk is known to be too small for the output.
+
+    Raises:
+        OutputError: says what is needed and what is free.
+    """
+    if not output.is_local:
+        return
+    folder = output.path
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise OutputError(
+            f"{output.uri} needs about {needed_bytes / 1e6:.0f} MB and the disk has {free / 1e6:.0f} MB free; "
+            "free some space, write fewer columns (--columns), or choose another --output"
+        )

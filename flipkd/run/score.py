@@ -1,0 +1,240 @@
+"""Score one unit of pairs: read, resolve to store rows, run the kernel, write. One unit in, one file out."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+
+from flipkd.config import SCORE_COLUMNS
+from flipkd.data.pairs import REASONS, PairRows, resolve_ids, resolve_texts
+from flipkd.data.shards import Location, ShardReader, ShardWriter
+from flipkd.errors import ConfigError
+from flipkd.kernels.pair_score import PairScores, pair_score
+from flipkd.run.manifest import UnitReport
+from flipkd.run.top_k import LEFT_ROW, SCORE, best_positions
+from flipkd.run.units import WorkUnit
+from flipkd.vectors.store import VectorStore
+
+T = TypeVar("T")
+
+# Rows read, scored and written at a time: bounds a worker's memory, whatever the size of a unit.
+_BATCH_ROWS = 1 << 20
+_TEXT_BATCH_ROWS = 1 << 15
+
+
+@dataclass(frozen=True)
+class ScoreTask:
+    """What a worker needs to score any unit of a job.
+
+    Args:
+        pairs: root of the pair table.
+        output: the output folder.
+        run_fingerprint: of the run.
+        store: path of the left (and right) records' vector store.
+        right_store: path of the right records' store, where they differ.
+        pair_columns: names of the left and right column of ids, or of inline texts.
+        digest_key: for inline texts: the key under which the store's ids are the digests of texts.
+        columns: output columns in order; None means all input columns, then the score columns.
+        calibration: (slope, intercept) of the probability, or None.
+        threshold: for the column ``match``.
+        min_score: only pairs with at least this score are written.
+        top_k: only the K best pairs of each left record *within a batch* are written, with the columns that
+            ``flipkd.run.top_k`` compares them by.
+    """
+
+    pairs: Location
+    output: Location
+    run_fingerprint: str
+    store: str
+    right_store: str | None
+    pair_columns: tuple[str, str]
+    digest_key: bytes | None
+    columns: tuple[str, ...] | None
+    calibration: tuple[float, float] | None
+    threshold: float | None
+    min_score: float | None
+    top_k: int | None = None
+
+
+def output_columns(task: ScoreTask, input_names: Sequence[str]) -> list[str]:
+    """Names of the output's columns, in order.
+
+    Raises:
+        ConfigError: a score column is asked for that the options do not give, or an input column has its name.
+    """
+    made = ["score"]
+    if task.calibration is not None:
+        made.append("probability")
+    if task.threshold is not None:
+        made.append("match")
+    made += ["reason", "truncated"]
+    if task.columns is None:
+        clash = [name for name in made if name in input_names]
+        if clash:
+            raise ConfigError(
+                f"the pairs have a column {clash[0]!r} already; rename it, or name the columns to write with --columns"
+            )
+        return [*input_names, *made]
+    for name in task.columns:
+        if name in SCORE_COLUMNS and name not in made:
+            option = "--calibration" if name == "probability" else "--threshold"
+            raise ConfigError(f"--columns asks for {name!r}, which needs {option}")
+    return list(task.columns)
+
+
+class ScoreWorker:
+    """Maps the stores once and scores units."""
+
+    def __init__(self, task: ScoreTask, threads: int) -> None:
+        self._task, self._threads = task, threads
+        self._left = VectorStore.open(task.store)
+        self._right = self._left if task.right_store is None else VectorStore.open(task.right_store)
+
+    def __call__(self, unit: WorkUnit) -> UnitReport:
+        """Runs one unit."""
+        task = self._task
+        with ShardReader(task.pairs, unit.shard) as reader:
+            names = output_columns(task, reader.schema.names)
+            passed = [name for name in names if name not in SCORE_COLUMNS]
+            columns = list(dict.fromkeys([*task.pair_columns, *passed]))
+            batch_rows = _BATCH_ROWS if task.digest_key is None else _TEXT_BATCH_ROWS
+            return self._score(unit, unit.read(reader, columns, batch_rows), names)
+
+    def _score(self, unit: WorkUnit, batches: Iterator[pa.Table], names: Sequence[str]) -> UnitReport:
+        task = self._task
+        clock = StageClock()
+        rows_in = rows_out = truncated = 0
+        reasons = np.zeros(len(REASONS), np.int64)
+        with contextlib.ExitStack() as stack:
+            writer: ShardWriter | None = None
+            while (table := clock.timed("read", next, batches, None)) is not None:
+                pairs = clock.timed("look_up", self._resolve, table)
+                result = clock.timed("score", self._score_batch, table, pairs, names)
+                if writer is None:
+                    options = write_options(result.schema)
+                    writer = stack.enter_context(ShardWriter(task.output, unit.output, result.schema, {}, options))
+                clock.timed("write", writer.write, result)
+                rows_in += table.num_rows
+                rows_out += result.num_rows
+                if pairs.reason is not None:
+                    reasons += np.bincount(pairs.reason, minlength=len(REASONS))
+                if pairs.truncated is not None:
+                    truncated += int(np.count_nonzero(pairs.truncated))
+            assert writer is not None  # a reader gives at least one table
+            counted = {name: int(count) for name, count in zip(REASONS, reasons, strict=True) if name is not None}
+            report = UnitReport(unit.output, rows_in, rows_out, counted, {"truncated": truncated}, clock.seconds)
+            writer.add_metadata(report.footer("score", task.run_fingerprint, unit.fingerprint))
+            clock.timed("write", writer.commit)
+        return report
+
+    def _score_batch(self, table: pa.Table, pairs: PairRows, names: Sequence[str]) -> pa.Table:
+        task = self._task
+        scores = pair_score(
+            self._left.rows,
+            self._right.rows,
+            pairs.left,
+            pairs.right,
+            calibration=task.calibration,
+            min_score=task.min_score,
+            threads=self._threads,
+        )
+        if task.top_k is not None:
+            return best_of_batch(table, pairs, scores, names, task.threshold, task.top_k)
+        return assemble(table, pairs, scores, names, task.threshold)
+
+    def _resolve(self, table: pa.Table) -> PairRows:
+        task = self._task
+        left, right = (table.column(name) for name in task.pair_columns)
+        if task.digest_key is None:
+            return resolve_ids(left, right, self._left, self._right, task.pair_columns, self._threads)
+        return resolve_texts(left, right, self._left, task.digest_key, task.pair_columns, self._threads)
+
+
+class StageClock:
+    """Seconds per stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def timed(self, stage: str, function: Callable[..., T], *arguments: Any) -> T:
+        """Calls the function and adds the time it took to the stage."""
+        started = time.perf_counter()
+        result = function(*arguments)
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
+        return result
+
+
+def assemble(
+    table: pa.Table, pairs: PairRows, scores: PairScores, names: Sequence[str], threshold: float | None
+) -> pa.Table:
+    """The output rows of a batch: pass-through columns untouched, score columns null where there is a reason."""
+    unscored = None if pairs.reason is None else pairs.reason != 0
+    reason, truncated = pairs.reason, pairs.truncated
+    if scores.position is not None:  # survivors only; a pair without a score is none
+        take = pa.array(scores.position)
+        table = table.take(take)
+        unscored = None
+        reason = None if reason is None else reason[scores.position]
+        truncated = None if truncated is None else truncated[scores.position]
+    columns: dict[str, Any] = {}
+    for name in names:
+        if name == "score":
+            columns[name] = pa.array(scores.score, pa.float32(), mask=unscored)
+        elif name == "probability":
+            columns[name] = pa.array(scores.probability, pa.float32(), mask=unscored)
+        elif name == "match":
+            judged = scores.score if scores.probability is None else scores.probability
+            columns[name] = pa.array(judged >= threshold, pa.bool_(), mask=unscored)
+        elif name == "reason":
+            columns[name] = _reason_column(reason, len(scores.score))
+        elif name == "truncated":
+            columns[name] = pa.array(np.zeros(len(scores.score), np.bool_) if truncated is None else truncated)
+        else:
+            columns[name] = table.column(name)
+    fields = [
+        table.schema.field(name) if name not in SCORE_COLUMNS else pa.field(name, columns[name].type) for name in names
+    ]
+    return pa.table(list(columns.values()), schema=pa.schema(fields))
+
+
+def best_of_batch(
+    table: pa.Table, pairs: PairRows, scores: PairScores, names: Sequence[str], threshold: float | None, k: int
+) -> pa.Table:
+    """Like ``assemble``, for the K best pairs of each left record, with the row of that record and the score."""
+    left = pairs.left if scores.position is None else pairs.left[scores.position]
+    best = best_positions(left, scores.score, k)
+    chosen = PairScores(
+        score=scores.score[best],
+        probability=None if scores.probability is None else scores.probability[best],
+        position=best if scores.position is None else scores.position[best],
+    )
+    result = assemble(table, pairs, chosen, names, threshold)
+    result = result.append_column(LEFT_ROW, pa.array(left[best].astype(np.int64)))
+    return result.append_column(SCORE, pa.array(chosen.score))
+
+
+def _reason_column(codes: Any, rows: int) -> pa.Array:
+    if codes is None or not codes.any():
+        return pa.nulls(rows, pa.string())
+    return pa.DictionaryArray.from_arrays(
+        pa.array(codes.astype(np.int8) - 1, mask=codes == 0), pa.array(REASONS[1:], pa.string())
+    ).cast(pa.string())
+
+
+def write_options(schema: pa.Schema) -> dict[str, Any]:
+    """How scores are written: chosen by measurement for speed at a sane size (``benchmarks/score.py``).
+
+    Ids hardly repeat within a row group and scores never do, so a dictionary is tried for nothing there.
+    """
+    words = [
+        field.name
+        for field in schema
+        if field.name == "reason" or pa.types.is_dictionary(field.type) or pa.types.is_boolean(field.type)
+    ]
+    return {"compression": "lz4", "use_dictionary": words or False, "write_statistics": False}

@@ -1,0 +1,136 @@
+"""The distinct texts of inline pairs, over all units of a job, as a record table for ``encode``.
+
+Units list their own distinct texts; then one pass keeps the first of each. A text is known by its keyed digest. The key
+is derived from the run and is no secret: the folder holds the texts themselves, is readable by its owner alone, and is
+deleted at the end of the run.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from flipkd.data.pairs import distinct_texts
+from flipkd.data.records import DIGEST_BYTES, text_digests
+from flipkd.data.shards import Location, ShardReader, ShardWriter, writing
+from flipkd.run.manifest import MANIFEST, UnitReport, read_json, write_json
+from flipkd.run.output import remove_folder
+from flipkd.run.units import WorkUnit
+
+logger = logging.getLogger(__name__)
+
+_SCHEMA = pa.schema([("id", pa.binary(DIGEST_BYTES)), ("text", pa.large_string())])
+_OPTIONS = {"compression": "lz4", "use_dictionary": False, "write_statistics": False}
+_BATCH_ROWS = 1 << 15
+_ROWS_PER_FILE = 1_000_000
+
+
+@dataclass(frozen=True)
+class TextsTask:
+    """What a worker needs to list a unit's distinct texts.
+
+    Args:
+        pairs: root of the pair table.
+        output: folder for the lists.
+        run_fingerprint: of the run.
+        text_columns: names of the left and the right text column.
+        digest_key: key of the digests.
+    """
+
+    pairs: Location
+    output: Location
+    run_fingerprint: str
+    text_columns: tuple[str, str]
+    digest_key: bytes
+
+
+class TextsWorker:
+    """Writes, for each unit, its distinct texts in order of first occurrence: columns ``id`` (digest) and ``text``."""
+
+    def __init__(self, task: TextsTask, threads: int) -> None:
+        del threads  # one unit is one thread's work
+        self._task = task
+
+    def __call__(self, unit: WorkUnit) -> UnitReport:
+        """Runs one unit."""
+        task, started, rows = self._task, time.perf_counter(), 0
+        distinct = _SCHEMA.empty_table()
+        with ShardReader(task.pairs, unit.shard) as reader:
+            for table in unit.read(reader, list(dict.fromkeys(task.text_columns)), _BATCH_ROWS):
+                rows += table.num_rows
+                found = [distinct]
+                for name in task.text_columns:
+                    texts = distinct_texts(table.column(name), name)[0].values.drop_null()
+                    found.append(pa.table([text_digests(texts, task.digest_key), texts], schema=_SCHEMA))
+                distinct = _first_of_each(pa.concat_tables(found))
+        report = UnitReport(
+            unit.output,
+            rows,
+            distinct.num_rows,
+            counts={"distinct_texts": distinct.num_rows},
+            seconds={"texts": time.perf_counter() - started},
+        )
+        metadata = report.footer("texts", task.run_fingerprint, unit.fingerprint)
+        with ShardWriter(task.output, unit.output, _SCHEMA, metadata, _OPTIONS) as writer:
+            writer.write(distinct)
+            writer.commit()
+        return report
+
+
+def merge_texts(lists: Location, names: Sequence[str], output: Location) -> int:
+    """Keeps the first of each text over all lists, in order, as Parquet files below ``output``.
+
+    Needs 24 bytes of memory per listed text while it runs. A finished merge is left as it is, so that the files, and
+    with them the fingerprint of the encode job, stay the same when a run is resumed.
+
+    Returns:
+        The number of distinct texts.
+    """
+    finished = read_json(output, MANIFEST)
+    if finished is not None:
+        return int(finished["rows"])
+    remove_folder(output)
+    digests = [_as_keys(_read(lists, name, ["id"]).column("id")) for name in names]
+    keys = np.concatenate(digests) if digests else np.empty(0, f"V{DIGEST_BYTES}")
+    first = np.zeros(len(keys), np.bool_)
+    first[np.unique(keys, return_index=True)[1]] = True
+    start = files = 0
+    waiting: list[pa.Table] = []
+    for position, name in enumerate(names):
+        stop = start + len(digests[position])
+        waiting.append(_read(lists, name, None).filter(pa.array(first[start:stop])))
+        start = stop
+        if sum(table.num_rows for table in waiting) >= _ROWS_PER_FILE or position == len(names) - 1:
+            with ShardWriter(output, f"texts-{files:05d}.parquet", _SCHEMA, {}, _OPTIONS) as writer:
+                writer.write(pa.concat_tables(waiting))
+                writer.commit()
+            files, waiting = files + 1, []
+    rows = int(first.sum())
+    write_json(output, MANIFEST, {"rows": rows})
+    return rows
+
+
+def _read(root: Location, name: str, columns: list[str] | None) -> pa.Table:
+    with writing(root.child(name).uri), root.filesystem.open_input_file(root.child(name).path) as source:
+        return pq.ParquetFile(source).read(columns)
+
+
+def _as_keys(digests: pa.ChunkedArray) -> npt.NDArray[np.void]:
+    array = digests.combine_chunks()
+    if isinstance(array, pa.ChunkedArray):
+        array = pa.concat_arrays(array.chunks)
+    data = np.frombuffer(array.buffers()[1], np.uint8)
+    offset = array.offset * DIGEST_BYTES
+    return data[offset : offset + len(array) * DIGEST_BYTES].view(f"V{DIGEST_BYTES}")
+
+
+def _first_of_each(table: pa.Table) -> pa.Table:
+    first = np.sort(np.unique(_as_keys(table.column("id")), return_index=True)[1])
+    return table if len(first) == table.num_rows else table.take(pa.array(first)).combine_chunks()

@@ -1,0 +1,171 @@
+"""Work units: the plan of a job, made from the input's footers alone.
+
+A *unit* is a range of rows of one input file: whole row groups where scoring reads them, a slice of one where encoding
+it takes minutes. The name of its output is a function of the unit and of the run's fingerprint, so listing the output
+folder tells which units are done and whose they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import posixpath
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from flipkd.data.shards import Location, Shard, ShardReader
+from flipkd.errors import InputError
+
+FINGERPRINT_CHARACTERS = 12
+
+
+def fingerprint(values: Mapping[str, Any]) -> str:
+    """Hex SHA-256 of a mapping of plain values, the same in every process."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class WorkUnit:
+    """One piece of work: a range of rows of one shard, and the name of what it makes.
+
+    Args:
+        shard: the input file.
+        first_row: first row in the file, from 0.
+        rows: number of rows; 0 for an empty file, whose output is empty too.
+        row_groups: start and stop of the row groups that hold the rows.
+        skip_rows: rows of the first of these row groups that belong to an earlier unit.
+        output: name of the output below the output folder.
+        fingerprint: of the run, the input file's name, size and time, and the rows.
+    """
+
+    shard: Shard
+    first_row: int
+    rows: int
+    row_groups: tuple[int, int]
+    skip_rows: int
+    output: str
+    fingerprint: str
+
+    def read(self, reader: ShardReader, columns: Sequence[str], batch_rows: int) -> Iterator[pa.Table]:
+        """The unit's rows; see ``ShardReader.batches``."""
+        return reader.batches(columns, batch_rows, row_groups=self.row_groups, skip_rows=self.skip_rows, rows=self.rows)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All units of a job, in input order.
+
+    Args:
+        units: the work.
+        bad_shards: (name, error) of files whose footer cannot be read, when those are skipped.
+        bytes_in: size of the input files.
+    """
+
+    units: list[WorkUnit]
+    bad_shards: list[tuple[str, str]] = field(default_factory=list)
+    bytes_in: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Rows of all units."""
+        return sum(unit.rows for unit in self.units)
+
+
+def plan_units(
+    location: Location,
+    shards: Sequence[Shard],
+    rows_per_unit: int,
+    run_fingerprint: str,
+    *,
+    split_row_groups: bool = False,
+    skip_bad_shards: bool = False,
+) -> Plan:
+    """Cuts the shards into units of about ``rows_per_unit`` rows.
+
+    Args:
+        location: root of the table.
+        shards: its files.
+        rows_per_unit: rows of a unit; a larger row group is one unit, unless ``split_row_groups`` cuts it.
+        run_fingerprint: of everything that decides the output besides the input.
+        split_row_groups: whether units may begin and end inside a row group (worth it where reading is the small part).
+        skip_bad_shards: list unreadable files in the plan in place of raising.
+
+    Raises:
+        InputError: a footer cannot be read.
+    """
+    # A footer is a few small reads: threads hide their latency, on a disk and still more on an object store.
+    with ThreadPoolExecutor(max_workers=16) as pool:
+        footers = list(pool.map(lambda shard: _row_group_rows(location, shard, skip_bad_shards), shards))
+    units: list[WorkUnit] = []
+    bad: list[tuple[str, str]] = []
+    for shard, rows in zip(shards, footers, strict=True):
+        if isinstance(rows, InputError):
+            bad.append((shard.name, str(rows)))
+            continue
+        cut = _split if split_row_groups else _group
+        units.extend(_unit(shard, *piece, run_fingerprint) for piece in cut(rows, rows_per_unit) or [(0, 0, (0, 0), 0)])
+    return Plan(units, bad, sum(shard.size_bytes for shard in shards))
+
+
+_Piece = tuple[int, int, tuple[int, int], int]  # first row, rows, row groups, rows to skip
+
+
+def _group(rows: Sequence[int], rows_per_unit: int) -> list[_Piece]:
+    pieces: list[_Piece] = []
+    start = first_row = 0
+    while start < len(rows):
+        stop, count = start, 0
+        while stop < len(rows) and (stop == start or count + rows[stop] <= rows_per_unit):
+            count += rows[stop]
+            stop += 1
+        pieces.append((first_row, count, (start, stop), 0))
+        start, first_row = stop, first_row + count
+    return pieces
+
+
+def _split(rows: Sequence[int], rows_per_unit: int) -> list[_Piece]:
+    pieces: list[_Piece] = []
+    total, first_row, group, group_row = sum(rows), 0, 0, 0
+    while first_row < total:
+        while group_row + rows[group] <= first_row:
+            group_row += rows[group]
+            group += 1
+        count = min(rows_per_unit, total - first_row)
+        stop, stop_row = group, group_row
+        while stop_row < first_row + count:
+            stop_row += rows[stop]
+            stop += 1
+        pieces.append((first_row, count, (group, stop), first_row - group_row))
+        first_row += count
+    return pieces
+
+
+def _row_group_rows(location: Location, shard: Shard, keep_error: bool) -> list[int] | InputError:
+    try:
+        with ShardReader(location, shard) as reader:
+            return reader.row_group_rows
+    except InputError as error:
+        if keep_error:
+            return error
+        raise
+
+
+def _unit(
+    shard: Shard, first_row: int, rows: int, row_groups: tuple[int, int], skip_rows: int, run_fingerprint: str
+) -> WorkUnit:
+    own = fingerprint(
+        {
+            "run": run_fingerprint,
+            "name": shard.name,
+            "size_bytes": shard.size_bytes,
+            "modified_ns": shard.modified_ns,
+            "rows": (first_row, rows),
+        }
+    )
+    stem = posixpath.splitext(shard.name)[0]
+    output = f"{stem}.rows{first_row:012d}-{first_row + rows:012d}.{own[:FINGERPRINT_CHARACTERS]}.parquet"
+    return WorkUnit(shard, first_row, rows, row_groups, skip_rows, output, own)

@@ -1,0 +1,132 @@
+"""Rows of vectors as the kernels read them: float32, bf16 or int8."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flipkd.errors import ConfigError
+
+DTYPES = ("float32", "bf16", "int8")
+STORAGE: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "bf16": np.dtype(np.uint16),
+    "int8": np.dtype(np.int8),
+}
+
+_BLOCK_ROWS = 4096  # rows quantised at a time: temporaries stay in the cache
+
+
+@dataclass(frozen=True)
+class VectorRows:
+    """[N, d] vectors in one of the storage types.
+
+    Args:
+        values: [N, d], C-contiguous: float32, uint16 (bf16 bit patterns) or int8. May be a read-only memory map.
+        dtype: "float32", "bf16" or "int8".
+        scales: always None: every dtype carries all it needs in `values` (see `quantise`).
+
+    Raises:
+        ValueError: `values` is not what `dtype` says.
+    """
+
+    values: NDArray[Any]
+    dtype: str
+    scales: NDArray[np.float32] | None = None
+
+    def __post_init__(self) -> None:
+        check_dtype(self.dtype)
+        if self.values.ndim != 2 or self.values.shape[1] < 1:
+            raise ValueError(f"values must be [rows, dim] with dim >= 1, not of shape {self.values.shape}")
+        if self.values.dtype != STORAGE[self.dtype]:
+            raise ValueError(f"{self.dtype} rows are held as {STORAGE[self.dtype]}, not as {self.values.dtype}")
+        if not self.values.flags.c_contiguous:
+            raise ValueError("values must be C-contiguous; pass np.ascontiguousarray(values)")
+        if self.scales is not None:
+            raise ValueError(f"{self.dtype} rows carry no scales")
+
+    def __len__(self) -> int:
+        return int(self.values.shape[0])
+
+    @property
+    def dim(self) -> int:
+        """Numbers per row."""
+        return int(self.values.shape[1])
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise ConfigError unless `dtype` is one of DTYPES."""
+    if dtype not in STORAGE:
+        raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+
+
+def quantise(vectors: NDArray[np.float32], dtype: str) -> VectorRows:
+    """Turn unit-length float32 rows into rows of `dtype`. Deterministic; each row is treated by itself.
+
+    bf16 rounds to the nearest, ties to even. int8 (our choice) keeps a row's direction only: x is stretched until its
+    largest component is 127, and rounded; the kernel adds up both integer norms while the rows are in registers:
+    score = q_i.q_j / (|q_i| |q_j|). No scale is stored or gathered, and a row against itself scores exactly 1.
+    Measured on 5,000 ICD-9 descriptions encoded by all-MiniLM-L6-v2, 400,000 pairs, error of the score against float32,
+    and speed for a store of 1 M and of 32 M rows of 128 numbers (Zen 4, one busy core, M random pairs/s)::
+
+        int8 scheme              d=384 rms / max      d=128 (PCA) rms / max     1 M   32 M rows
+        one scale a row, stored  5.3e-4 / 2.5e-3      1.3e-3 / 6.8e-3          @@A@@
+        one scale for all, 1/127 3.2e-3 / 1.8e-2      3.2e-3 / 1.7e-2          @@B@@
+        one scale, store maximum 8.1e-4 / 4.5e-3      2.3e-3 / 1.0e-2          as above
+        norms on the fly (this)  5.2e-4 / 2.7e-3      1.3e-3 / 6.8e-3          @@C@@
+        (bf16)                   1.3e-4 / 1.0e-3      4.7e-4 / 2.8e-3
+
+    Args:
+        vectors: [N, d] float32, unit length (int8 needs no more than finite).
+        dtype: "float32" (a reference to the same memory where it can be), "bf16" or "int8".
+
+    Raises:
+        ConfigError: an unknown dtype.
+        ValueError: not [N, d] float32, or not finite; the message names the first row that is not.
+    """
+    check_dtype(dtype)
+    if vectors.ndim != 2 or vectors.dtype != np.float32:
+        raise ValueError(f"vectors must be float32 [rows, dim], not {vectors.dtype} of shape {vectors.shape}")
+    vectors = np.ascontiguousarray(vectors)
+    out = vectors if dtype == "float32" else np.empty(vectors.shape, STORAGE[dtype])
+    for start in range(0, len(vectors), _BLOCK_ROWS):
+        block = vectors[start : start + _BLOCK_ROWS]
+        finite = np.isfinite(block).all(axis=1)
+        if not finite.all():
+            raise ValueError(f"row {start + int(np.argmin(finite))} of the vectors is not finite")
+        if dtype == "bf16":
+            out[start : start + _BLOCK_ROWS] = _to_bf16(block)
+        elif dtype == "int8":
+            out[start : start + _BLOCK_ROWS] = _to_int8(block)
+    return VectorRows(out, dtype)
+
+
+def dequantise(rows: VectorRows) -> NDArray[np.float32]:
+    """Return [N, d] float32 rows whose dot products are the scores of `rows`: int8 rows come back as unit vectors."""
+    if rows.dtype == "float32":
+        return rows.values
+    if rows.dtype == "bf16":
+        wide: NDArray[np.float32] = np.left_shift(rows.values, 16, dtype=np.uint32).view(np.float32)
+        return wide
+    values = rows.values.astype(np.float32)
+    norms = np.linalg.norm(values, axis=1, keepdims=True)
+    norms[norms == 0] = 1  # an all-zero row stays zero, and scores 0
+    unit: NDArray[np.float32] = values / norms
+    return unit
+
+
+def _to_bf16(block: NDArray[np.float32]) -> NDArray[np.uint16]:
+    bits = block.view(np.uint32)
+    rounding = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    rounded: NDArray[np.uint16] = ((bits + rounding) >> np.uint32(16)).astype(np.uint16)
+    return rounded
+
+
+def _to_int8(block: NDArray[np.float32]) -> NDArray[np.int8]:
+    largest = np.abs(block).max(axis=1, keepdims=True)
+    largest[largest == 0] = 1  # an all-zero row stays zero
+    rounded: NDArray[np.int8] = np.rint(block / largest * np.float32(127.0)).astype(np.int8)
+    return rounded

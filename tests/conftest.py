@@ -1,0 +1,49 @@
+"""Fixtures that more than one test module needs: a real small model, real medical descriptions, a Parquet writer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+# Set before any test module imports transformers or Ray, which read these once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["DO_NOT_TRACK"] = "1"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ.pop("TOKENIZERS_PARALLELISM", None)  # what a user's shell has: our code must not depend on it
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from flipkd.assets import icd9_descriptions, minilm_folder
+
+WriteParquet = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def minilm_dir() -> Path:
+    """Folder of the real all-MiniLM-L6-v2; downloaded once per machine."""
+    return minilm_folder()
+
+
+@pytest.fixture(scope="session")
+def icd9() -> list[tuple[str, str, str]]:
+    """(code, long description, short description), 12,924 rows in order of code."""
+    return icd9_descriptions()
+
+
+@pytest.fixture
+def write_parquet(tmp_path: Path) -> WriteParquet:
+    """write_parquet("pairs/part-0.parquet", {"left_id": [1, 2]}, row_group_rows=1) -> the path below tmp_path."""
+
+    def write(name: str, columns: Mapping[str, Any] | pa.Table, row_group_rows: int | None = None) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        table = columns if isinstance(columns, pa.Table) else pa.table(dict(columns))
+        pq.write_table(table, path, row_group_size=row_group_rows)
+        return path
+
+    return write

@@ -1,0 +1,194 @@
+"""Finding, reading and committing shards: what a folder of Parquet may hold, and what a reader may ever see."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flipkd.data.shards import Location, Shard, ShardReader, ShardWriter, find_shards, open_location
+from flipkd.errors import ConfigError, InputError, OutputError
+from flipkd.run.units import plan_units
+
+
+def read_all(location: Location, shard: Shard, columns: list[str] | None = None) -> pa.Table:
+    (unit,) = plan_units(location, [shard], 1 << 40, "run").units
+    with ShardReader(location, shard) as reader:
+        return pa.concat_tables(unit.read(reader, reader.schema.names if columns is None else columns, 1000))
+
+
+def test_only_parquet_files_are_the_table(tmp_path: Path) -> None:
+    table = pa.table({"id": [1, 2, 3]})
+    pq.write_table(table, tmp_path / "part-0.parquet")
+    (tmp_path / "sub").mkdir()
+    pq.write_table(table, tmp_path / "sub" / "part-1.parquet")
+    for name in ("_SUCCESS", "_metadata", ".part-0.parquet.crc", ".part-9.parquet", "_common_metadata", "notes.txt"):
+        (tmp_path / name).write_bytes(b"not parquet")
+    (tmp_path / "_temporary").mkdir()
+    pq.write_table(table, tmp_path / "_temporary" / "part-2.parquet")
+    location = open_location(tmp_path)
+    shards = find_shards(location)
+    assert [shard.name for shard in shards] == ["part-0.parquet", "sub/part-1.parquet"]
+    assert sum(read_all(location, shard).num_rows for shard in shards) == 6
+
+
+def test_a_path_without_parquet_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"holds no \.parquet file"):
+        find_shards(open_location(tmp_path))
+    with pytest.raises(InputError, match=r"nowhere does not exist"):
+        find_shards(open_location(tmp_path / "nowhere"))
+
+
+def test_an_unknown_scheme_is_refused() -> None:
+    with pytest.raises(ConfigError, match="cannot open the location 'nosuch://bucket/x'"):
+        open_location("nosuch://bucket/x")
+
+
+def test_columns_are_matched_by_name(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"left_id": [1], "right_id": [2]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"right_id": [4], "left_id": [3]}), tmp_path / "b.parquet")
+    location = open_location(tmp_path)
+    tables = [read_all(location, shard, ["left_id", "right_id"]) for shard in find_shards(location)]
+    assert pa.concat_tables(tables).to_pydict() == {"left_id": [1, 3], "right_id": [2, 4]}
+
+
+def test_a_missing_and_a_doubled_column_are_named(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "a.parquet")
+    location = open_location(tmp_path)
+    with pytest.raises(ConfigError, match=r"a\.parquet .* has no column 'left_id'; it has a"):
+        read_all(location, find_shards(location)[0], ["left_id"])
+    doubled = pa.Table.from_arrays([pa.array([1]), pa.array([2])], names=["a", "a"])
+    pq.write_table(doubled, tmp_path / "a.parquet")
+    with pytest.raises(ConfigError, match="2 columns named 'a'"):
+        read_all(location, find_shards(location)[0], ["a"])
+
+
+def test_hive_partition_values_stay_text(tmp_path: Path) -> None:
+    for branch in ("branch=007", "branch=a%20b", "branch=__HIVE_DEFAULT_PARTITION__"):
+        (tmp_path / branch).mkdir()
+        pq.write_table(pa.table({"id": [1, 2]}), tmp_path / branch / "part.parquet")
+    location = open_location(tmp_path)
+    found = {
+        shard.name.split("/")[0]: read_all(location, shard, ["branch", "id"]).column("branch").to_pylist()
+        for shard in find_shards(location)
+    }
+    assert found == {
+        "branch=007": ["007", "007"],
+        "branch=a%20b": ["a b", "a b"],
+        "branch=__HIVE_DEFAULT_PARTITION__": [None, None],
+    }
+
+
+def test_a_truncated_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "part-0.parquet"
+    pq.write_table(pa.table({"id": list(range(1000))}), path)
+    path.write_bytes(path.read_bytes()[:-100])
+    location = open_location(tmp_path)
+    with pytest.raises(InputError, match=r"cannot read part-0\.parquet .*--on-bad-shard skip"):
+        plan_units(location, find_shards(location), 100, "run")
+    plan = plan_units(location, find_shards(location), 100, "run", skip_bad_shards=True)
+    assert plan.units == []
+    assert [name for name, _ in plan.bad_shards] == ["part-0.parquet"]
+
+
+@pytest.mark.parametrize("size", [0, 3, 8])
+def test_a_file_too_short_to_be_parquet_is_named(tmp_path: Path, size: int) -> None:
+    (tmp_path / "x.parquet").write_bytes(b"PAR1PAR1"[:size])
+    location = open_location(tmp_path)
+    with pytest.raises(InputError, match=r"cannot read x\.parquet"):
+        plan_units(location, find_shards(location), 100, "run")
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    groups=st.lists(st.integers(0, 30), max_size=6),
+    rows_per_unit=st.integers(1, 40),
+    split=st.booleans(),
+    batch_rows=st.integers(1, 25),
+)
+def test_units_cover_every_row_once_in_order(
+    tmp_path_factory: pytest.TempPathFactory, groups: list[int], rows_per_unit: int, split: bool, batch_rows: int
+) -> None:
+    folder = tmp_path_factory.mktemp("units")
+    schema = pa.schema([("id", pa.int64())])
+    start = 0
+    with pq.ParquetWriter(folder / "x.parquet", schema) as writer:
+        for count in groups:
+            writer.write_table(pa.table({"id": pa.array(range(start, start + count), pa.int64())}), row_group_size=1000)
+            start += count
+    location = open_location(folder)
+    plan = plan_units(location, find_shards(location), rows_per_unit, "run", split_row_groups=split)
+    seen: list[int] = []
+    for unit in plan.units:
+        with ShardReader(location, unit.shard) as reader:
+            tables = list(unit.read(reader, ["id"], batch_rows))
+        assert tables, "a unit without rows still tells its schema"
+        assert all(table.schema == schema for table in tables)
+        rows = [value for table in tables for value in table.column("id").to_pylist()]
+        assert len(rows) == unit.rows
+        assert unit.first_row == len(seen)
+        seen += rows
+    assert seen == list(range(start))
+    assert len({unit.output for unit in plan.units}) == len(plan.units) >= 1
+    if split:
+        assert all(unit.rows <= rows_per_unit for unit in plan.units)
+
+
+def test_unit_names_change_with_the_input_and_the_run(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"id": [1, 2]}), path)
+    location = open_location(tmp_path)
+
+    def name(run: str) -> str:
+        return plan_units(location, find_shards(location), 10, run).units[0].output
+
+    first = name("run")
+    assert name("run") == first
+    assert name("another run") != first
+    os.utime(path, ns=(1, 1))
+    assert name("run") != first
+
+
+def test_a_shard_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    root = open_location(tmp_path / "out")
+    table = pa.table({"id": [1, 2, 3]})
+    with ShardWriter(root, "sub/a.parquet", table.schema, {"key": "value"}, {}) as writer:
+        writer.write(table)
+        assert not (tmp_path / "out/sub/a.parquet").exists()
+        names = os.listdir(tmp_path / "out/sub")
+        assert len(names) == 1
+        assert names[0].startswith(".")
+        writer.commit()
+    assert os.listdir(tmp_path / "out/sub") == ["a.parquet"]
+    assert stat.S_IMODE((tmp_path / "out/sub/a.parquet").stat().st_mode) == 0o600
+    assert stat.S_IMODE((tmp_path / "out/sub").stat().st_mode) == 0o700
+    assert pq.read_metadata(tmp_path / "out/sub/a.parquet").metadata[b"key"] == b"value"
+
+    with ShardWriter(root, "sub/b.parquet", table.schema, {}, {}) as writer:
+        writer.write(table)  # and no commit: something went wrong
+    assert os.listdir(tmp_path / "out/sub") == ["a.parquet"]
+
+
+def test_writing_where_a_file_stands_is_a_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file, not a folder")
+    schema = pa.schema([("id", pa.int64())])
+    with pytest.raises(OutputError, match=r"cannot write .*out/a\.parquet"):
+        ShardWriter(open_location(tmp_path / "out"), "a.parquet", schema, {}, {})
+
+
+def test_other_filesystems_are_read_and_written() -> None:
+    root = open_location("memory://flipkd-shards/out")
+    table = pa.table({"id": [1, 2, 3]})
+    with ShardWriter(root, "a.parquet", table.schema, {}, {}) as writer:
+        writer.write(table)
+        writer.commit()
+    (shard,) = find_shards(root)
+    assert read_all(root, shard).equals(table)
+    fsspec.filesystem("memory").rm("/flipkd-shards", recursive=True)

@@ -1,0 +1,117 @@
+"""The command line: options, files of options, exit codes, and what is imported."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from flipkd.cli import main
+from tests.run.conftest import World
+
+MakePairs = Callable[..., Path]
+
+
+def run(*arguments: str) -> tuple[int, str, str]:
+    result = CliRunner().invoke(main, list(arguments))
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_importing_flipkd_is_quick_and_light() -> None:
+    heavy = "print([name for name in ('torch', 'ray', 'transformers') if name in sys.modules])"
+    code = f"import sys, flipkd, flipkd.cli; {heavy}"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    timing = "import time; start = time.perf_counter(); import flipkd; print(time.perf_counter() - start)"
+    seconds = [
+        float(subprocess.run([sys.executable, "-c", timing], capture_output=True, text=True, check=True).stdout)
+        for _ in range(3)
+    ]
+    assert min(seconds) < 0.3
+
+
+def test_score_with_a_store_loads_neither_torch_nor_ray(world: World, make_pairs: MakePairs, tmp_path: Path) -> None:
+    code = (
+        "import sys; from flipkd.cli import main; main(sys.argv[1:], standalone_mode=False);"
+        "print([name for name in ('torch', 'ray', 'transformers') if name in sys.modules])"
+    )
+    options = ["--pairs", str(make_pairs()), "--output", str(tmp_path / "out"), "--store", world.left_store]
+    done = subprocess.run([sys.executable, "-c", code, "score", *options], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_encode_score_status_end_to_end(world: World, make_pairs: MakePairs, tmp_path: Path) -> None:
+    store = str(tmp_path / "store")
+    code, out, err = run("encode", "--encoder", world.encoder, "--records", world.left, "--output", store, "--json")
+    assert code == 0, err
+    assert json.loads(out)["rows_in"] == 60
+    pairs, output = str(make_pairs()), str(tmp_path / "out")
+    code, out, err = run("score", "--pairs", pairs, "--store", store, "--output", output)
+    assert code == 0, err
+    assert out.startswith("score: 120 rows in, 120 out; ")
+    code, out, _ = run("status", output, "--json")
+    assert json.loads(out)["state"] == "finished"
+    code, out, _ = run("status", store)
+    assert "state: finished" in out
+
+
+def test_exit_codes(world: World, make_pairs: MakePairs, tmp_path: Path) -> None:
+    pairs = make_pairs()
+    common = ["score", "--pairs", str(pairs), "--output", str(tmp_path / "out")]
+    code, _, err = run(*common)
+    assert code == 2
+    assert "--store STORE" in err
+    code, _, err = run(*common, "--store", str(tmp_path / "none"))
+    assert code == 2
+    assert "no vector store" in err
+    code, _, err = run(*common, "--store", world.left_store, "--workers", "0")
+    assert code == 2
+    (pairs / "part-001.parquet").write_bytes(b"PAR1")
+    code, _, err = run(*common, "--store", world.left_store)
+    assert code == 1
+    assert "part-001.parquet" in err
+    assert "Traceback" not in err
+    code, _, err = run(*common, "--store", world.left_store, "--on-bad-shard", "skip")
+    assert code == 3
+    assert "partial: 1 files or units were skipped" in err
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "toml"])
+def test_options_from_a_file_and_a_flag_that_wins(
+    world: World, make_pairs: MakePairs, tmp_path: Path, suffix: str
+) -> None:
+    values = {"pairs": str(make_pairs()), "store": world.left_store, "min-score": 2.0, "columns": ["n", "score"]}
+    lines = {
+        "yaml": [f"{key}: {json.dumps(value)}" for key, value in values.items()],
+        "toml": [f"{key} = {json.dumps(value)}" for key, value in values.items()],
+    }
+    path = tmp_path / f"options.{suffix}"
+    path.write_text("\n".join(lines[suffix]))
+    code, out, err = run("score", "--config", str(path), "--output", str(tmp_path / "a"))
+    assert code == 0, err
+    assert "120 rows in, 0 out" in out
+    code, out, _ = run("score", "--config", str(path), "--output", str(tmp_path / "b"), "--min-score", "-2")
+    assert "120 rows in, 120 out" in out
+    path.write_text("pears: 1\n" if suffix == "yaml" else "pears = 1\n")
+    code, _, err = run("score", "--config", str(path), "--output", str(tmp_path / "c"))
+    assert code == 2
+    assert "unknown option 'pears'" in err
+    path.write_text("[" if suffix == "yaml" else "=")
+    code, _, err = run("score", "--config", str(path), "--output", str(tmp_path / "c"))
+    assert code == 2
+
+
+def test_progress_in_a_log_is_plain_lines(world: World, make_pairs: MakePairs, tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "flipkd.cli", "score", "--pairs", str(make_pairs(files=3)), "--store", world.left_store,
+        "--output", str(tmp_path / "out"),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "\r" not in done.stderr
+    assert "\x1b" not in done.stderr
+    assert "score: 90" in done.stderr

@@ -1,0 +1,244 @@
+"""The same job on Ray: the same bytes, with nodes and workers killed, and a clear end where nothing can run.
+
+Clusters are real: three ``ray start`` nodes on this machine, the head without CPUs, as in ``cluster.yaml``.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from flipkd.config import EncoderOptions, ScoreConfig
+from flipkd.run.pipeline import score
+from tests.run.conftest import RECORDS, World, record_id
+from tests.run.test_kill import contents
+
+MakePairs = Callable[..., Path]
+RAY = [sys.executable, "-m", "ray.scripts.scripts"]
+ROOT = str(Path(__file__).parents[2])
+ENVIRONMENT = {**os.environ, "PYTHONPATH": ROOT}  # workers import tests.run.faults
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class Cluster:
+    """Nodes of a Ray cluster on this machine; each is the process group of a ``ray start --block``."""
+
+    address: str
+    folder: Path
+    nodes: list[subprocess.Popen[bytes]]
+
+    def start(self, *options: str) -> subprocess.Popen[bytes]:
+        command = [*RAY, "start", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1", *options]
+        with open(self.folder / f"node-{len(self.nodes)}.log", "wb") as log:
+            node = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=ENVIRONMENT)
+        self.nodes.append(node)
+        return node
+
+    def add_worker(self) -> subprocess.Popen[bytes]:
+        return self.start(f"--address={self.address}", "--num-cpus=1", "--object-store-memory=100000000")
+
+    def processes(self, node: subprocess.Popen[bytes]) -> list[psutil.Process]:
+        """The node's raylet, workers and agents: all that it started."""
+        root = psutil.Process(node.pid)
+        return [root, *root.children(recursive=True)]
+
+    def kill(self, node: subprocess.Popen[bytes]) -> None:
+        """SIGKILL to every process of the node, as when its machine loses power."""
+        for process in self.processes(node):
+            try:
+                process.send_signal(signal.SIGKILL)
+            except psutil.NoSuchProcess:
+                continue
+        node.wait()
+
+
+@pytest.fixture
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    port = free_port()
+    made = Cluster(f"127.0.0.1:{port}", tmp_path_factory.mktemp("cluster"), [])
+    try:
+        made.start(
+            "--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false", "--object-store-memory=100000000"
+        )
+        for _ in range(2):
+            made.add_worker()
+        wait_until(lambda: alive_workers(made.address) == 2, 90)
+        yield made
+    finally:
+        for node in made.nodes:
+            if node.poll() is None:
+                made.kill(node)
+
+
+def alive_workers(address: str) -> int:
+    code = (
+        "import ray, sys; ray.init(address=sys.argv[1], logging_level='ERROR', log_to_driver=False);"
+        "print(int(ray.cluster_resources().get('CPU', 0)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, address], capture_output=True, text=True, check=False)
+    return int(done.stdout.strip() or 0) if done.returncode == 0 else 0
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.1)
+
+
+def command(
+    world: World, pairs: Path, output: Path, *options: str, delay_s: float = 0.0, dies_at: str = ""
+) -> list[str]:
+    return [
+        sys.executable, "-m", "tests.run.faults", str(delay_s), dies_at,
+        "score", "--pairs", str(pairs), "--output", str(output),
+        "--store", world.left_store, "--right-store", world.right_store, "--no-progress", *options,
+    ]  # fmt: skip
+
+
+def local_run(world: World, pairs: Path, output: Path) -> dict[str, str]:
+    score(ScoreConfig(pairs=str(pairs), output=str(output), store=world.left_store, right_store=world.right_store))
+    return contents(output)
+
+
+@pytest.mark.slow
+def test_a_node_is_killed_midway_and_the_bytes_are_the_same(
+    world: World, make_pairs: MakePairs, cluster: Cluster, tmp_path: Path
+) -> None:
+    pairs = make_pairs(files=40, rows=2000)
+    expected = local_run(world, pairs, tmp_path / "undisturbed")
+    assert len(expected) == 40
+    output = tmp_path / "out"
+    process = subprocess.Popen(command(world, pairs, output, "--ray", cluster.address, delay_s=0.3), env=ENVIRONMENT)
+    wait_until(lambda: len(list(output.glob("*.parquet"))) >= 10, 90)
+    cluster.kill(cluster.nodes[2])
+    assert len(list(output.glob("*.parquet"))) < 40, "the kill came midway"
+    assert process.wait(timeout=240) == 0
+    assert contents(output) == expected
+
+
+@pytest.mark.slow
+def test_a_killed_worker_and_a_killed_driver(
+    world: World, make_pairs: MakePairs, cluster: Cluster, tmp_path: Path
+) -> None:
+    pairs = make_pairs(files=30, rows=2000)
+    expected = local_run(world, pairs, tmp_path / "undisturbed")
+    output = tmp_path / "out"
+    run = command(world, pairs, output, "--ray", cluster.address, delay_s=0.3)
+    process = subprocess.Popen(run, env=ENVIRONMENT)
+    wait_until(lambda: len(list(output.glob("*.parquet"))) >= 4, 90)
+    (victim, *_) = [
+        process
+        for process in cluster.processes(cluster.nodes[1])
+        if any("_UnitActor" in part or "MapWorker" in part for part in process.cmdline())
+    ]
+    victim.send_signal(signal.SIGKILL)
+    wait_until(lambda: len(list(output.glob("*.parquet"))) >= 12, 90)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(list(output.glob("*.parquet"))) < 30, "the kill came midway"
+    subprocess.run(run, check=True, timeout=240, env=ENVIRONMENT)
+    assert contents(output) == expected
+
+
+@pytest.mark.slow
+def test_encode_and_inline_texts_on_ray_give_the_bytes_of_one_process(
+    world: World, cluster: Cluster, tmp_path: Path
+) -> None:
+    (tmp_path / "pairs").mkdir()
+    for file in range(3):
+        rows = range(file * 10, file * 10 + 20)
+        columns = {
+            "left_text": [world.texts[0][row] for row in rows],
+            "right_text": [world.texts[1][row] for row in rows],
+        }
+        pq.write_table(pa.table(columns), tmp_path / f"pairs/{file}.parquet")
+    options = {"pairs": str(tmp_path / "pairs"), "encoder": EncoderOptions(world.encoder)}
+    score(ScoreConfig(output=str(tmp_path / "here"), **options))  # type: ignore[arg-type]
+    run = [
+        sys.executable, "-m", "flipkd.cli", "score", "--pairs", str(tmp_path / "pairs"), "--encoder", world.encoder,
+        "--output", str(tmp_path / "there"), "--ray", cluster.address, "--no-progress",
+    ]  # fmt: skip
+    subprocess.run(run, check=True, timeout=240)
+    assert contents(tmp_path / "there") == contents(tmp_path / "here")
+
+
+def test_ray_local_gives_the_same_bytes(world: World, make_pairs: MakePairs, tmp_path: Path) -> None:
+    pairs = make_pairs(files=6)
+    expected = local_run(world, pairs, tmp_path / "undisturbed")
+    done = subprocess.run(
+        command(world, pairs, tmp_path / "out", "--ray", "local"),
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "out") == expected
+
+
+@pytest.mark.slow
+def test_no_free_cpu_ends_within_the_stated_time(world: World, make_pairs: MakePairs, tmp_path: Path) -> None:
+    run = command(
+        world, make_pairs(), tmp_path / "out", "--ray", "local", "--threads", "1000", "--start-timeout-s", "5"
+    )
+    started = time.monotonic()
+    done = subprocess.run(run, capture_output=True, text=True, timeout=120, check=False, env=ENVIRONMENT)
+    assert done.returncode == 1
+    assert "no Ray worker could start within --start-timeout-s 5" in done.stderr
+    assert time.monotonic() - started < 60
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_again_and_again_ends_the_job(world: World, make_pairs: MakePairs, tmp_path: Path) -> None:
+    pairs, output = make_pairs(), tmp_path / "out"
+    options = ("--ray", "local", "--max-retries", "1")
+    run = command(world, pairs, output, *options, dies_at="part-002")
+    done = subprocess.run(run, capture_output=True, text=True, timeout=180, check=False, env=ENVIRONMENT)
+    assert done.returncode == 1
+    assert "a worker died again and again" in done.stderr
+    assert "Traceback" not in done.stderr
+    subprocess.run(command(world, pairs, output, *options), check=True, timeout=180, env=ENVIRONMENT)
+    assert contents(output) == local_run(world, pairs, tmp_path / "undisturbed")
+
+
+@pytest.mark.slow
+def test_a_unit_that_hangs_ends_the_job(world: World, make_pairs: MakePairs, tmp_path: Path) -> None:
+    run = command(world, make_pairs(), tmp_path / "out", "--ray", "local", "--stall-timeout-s", "8", delay_s=1000)
+    started = time.monotonic()
+    done = subprocess.run(run, capture_output=True, text=True, timeout=180, check=False, env=ENVIRONMENT)
+    assert done.returncode == 1
+    assert "no unit finished for --stall-timeout-s 8" in done.stderr
+    assert time.monotonic() - started < 90
+
+
+def test_an_address_without_a_cluster_is_a_clear_error(world: World, make_pairs: MakePairs, tmp_path: Path) -> None:
+    run = command(world, make_pairs(), tmp_path / "out", "--ray", f"127.0.0.1:{free_port()}")
+    done = subprocess.run(run, capture_output=True, text=True, timeout=180, check=False, env=ENVIRONMENT)
+    assert done.returncode == 1
+    assert "cannot join the cluster" in done.stderr
+
+
+def test_record_ids_of_the_world_are_what_the_pairs_name(world: World) -> None:
+    table = pq.read_table(world.left)
+    assert sorted(table.column("id").to_pylist()) == [record_id(row) for row in range(RECORDS)]
+    assert np.allclose(np.linalg.norm(world.vectors[0], axis=1), 1, atol=1e-5)

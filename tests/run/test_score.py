@@ -1,0 +1,428 @@
+"""``score`` on id pairs: what goes in, what comes out, row by row."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from flipkd.config import EncodeConfig, EncoderOptions, RunOptions, ScoreConfig
+from flipkd.data.shards import find_shards, open_location
+from flipkd.errors import ConfigError, InputError, OutputError
+from flipkd.run.encode import encode
+from flipkd.run.pipeline import dry_run, score
+from flipkd.run.status import status
+from flipkd.run.units import plan_units
+from tests.run.conftest import RECORDS, World, record_id
+
+MakePairs = Callable[..., Path]
+
+
+def read_scores(folder: Path | str) -> pa.Table:
+    """All output rows, files in order of their names."""
+    location = open_location(folder)
+    return pa.concat_tables([pq.read_table(shard.path, partitioning=None) for shard in find_shards(location)])
+
+
+def config(world: World, pairs: Path, output: Path, **options: Any) -> ScoreConfig:
+    return ScoreConfig(
+        pairs=str(pairs), output=str(output), store=world.left_store, right_store=world.right_store, **options
+    )
+
+
+def pair_table(rows: list[tuple[int, int]], **columns: Any) -> pa.Table:
+    left, right = ([record_id(value) for value in side] for side in zip(*rows, strict=True))
+    return pa.table({"left_id": left, "right_id": right, **columns})
+
+
+def test_scores_are_the_cosines_in_input_order(world: World, make_pairs: MakePairs, tmp_path: Path) -> None:
+    manifest = score(config(world, make_pairs(), tmp_path / "out", rows_per_unit=20))
+    found = read_scores(tmp_path / "out")
+    assert found.schema.names == ["left_id", "right_id", "n", "score", "reason", "truncated"]
+    assert found.schema.field("n").type == pa.int32()
+    assert found.schema.field("score").type == pa.float32()
+    assert found.column("n").to_pylist() == list(range(120))
+    for row in found.to_pylist():
+        expected = world.cosine(row["left_id"] - record_id(0), row["right_id"] - record_id(0))
+        assert row["score"] == pytest.approx(expected, abs=2e-6)
+        assert row["reason"] is None
+        assert row["truncated"] is False
+    assert (manifest["rows_in"], manifest["rows_out"], manifest["units"]) == (120, 120, 8)
+    assert manifest["complete"]
+    assert json.loads((tmp_path / "out/_manifest.json").read_text()) == manifest
+    assert all(len(pq.read_metadata(path).metadata[b"flipkd.unit"]) for path in (tmp_path / "out").glob("*.parquet"))
+
+
+def test_one_file_with_other_files_beside_it(world: World, make_pairs: MakePairs, tmp_path: Path) -> None:
+    pairs = make_pairs(files=2)
+    for name in ("_SUCCESS", "_metadata", ".part-0.parquet.crc"):
+        (pairs / name).write_bytes(b"x")
+    assert score(config(world, pairs, tmp_path / "all"))["rows_in"] == 60
+    assert score(config(world, pairs / "part-001.parquet", tmp_path / "one"))["rows_in"] == 30
+    expected = read_scores(tmp_path / "all").slice(30)
+    assert read_scores(tmp_path / "one").equals(expected)
+
+
+def test_columns_in_another_order_are_matched_by_name(world: World, tmp_path: Path) -> None:
+    (tmp_path / "pairs").mkdir()
+    pq.write_table(pair_table([(1, 2)]), tmp_path / "pairs/a.parquet")
+    pq.write_table(pair_table([(1, 2)]).select(["right_id", "left_id"]), tmp_path / "pairs/b.parquet")
+    score(config(world, tmp_path / "pairs", tmp_path / "out", columns=("score",)))
+    first, second = read_scores(tmp_path / "out").column("score").to_pylist()
+    assert first == second
+    assert first != pytest.approx(world.cosine(2, 1), abs=1e-4)  # a swap would show
+
+
+@pytest.mark.parametrize("kind", ["int32", "uint64", "int64", "dictionary"])
+def test_integer_ids_of_any_width_are_compared_by_value(world: World, tmp_path: Path, kind: str) -> None:
+    ids = {"int32": pa.int32(), "uint64": pa.uint64(), "int64": pa.int64()}
+    narrow = pa.table({"id": pa.array([5, 6, 7], ids.get(kind, pa.int64())), "text": ["a cat", "a dog", "rain"]})
+    (tmp_path / "records").mkdir()
+    pq.write_table(narrow, tmp_path / "records/a.parquet")
+    encode(EncodeConfig(EncoderOptions(world.encoder), str(tmp_path / "records"), str(tmp_path / "store")))
+    column = pa.array([5, 6], pa.int64())
+    pairs = pa.table({"left_id": column.dictionary_encode() if kind == "dictionary" else column, "right_id": [7, 5]})
+    (tmp_path / "pairs").mkdir()
+    pq.write_table(pairs, tmp_path / "pairs/a.parquet")
+    result = ScoreConfig(pairs=str(tmp_path / "pairs"), output=str(tmp_path / "out"), store=str(tmp_path / "store"))
+    assert score(result)["reasons"] == {}
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string()), pa.binary()])
+def test_string_ids_of_any_layout_and_a_nul_byte(world: World, tmp_path: Path, kind: pa.DataType) -> None:
+    ids = ["a\0b", "a\0c", "a"]
+    for name in ("records", "pairs"):
+        (tmp_path / name).mkdir()
+    pq.write_table(pa.table({"id": ids, "text": ["a cat", "a dog", "rain"]}), tmp_path / "records/a.parquet")
+    left, right = ["a\0b", "a\0c", "a\0b"], ["a", "a", "a\0d"]
+    table = pa.table({"left_id": pa.chunked_array([left]).cast(kind), "right_id": pa.chunked_array([right]).cast(kind)})
+    pq.write_table(table, tmp_path / "pairs/a.parquet")
+    encode(EncodeConfig(EncoderOptions(world.encoder), str(tmp_path / "records"), str(tmp_path / "store")))
+    score(ScoreConfig(pairs=str(tmp_path / "pairs"), output=str(tmp_path / "out"), store=str(tmp_path / "store")))
+    found = read_scores(tmp_path / "out")
+    assert found.schema.field("left_id").type == kind
+    assert found.column("left_id").cast(pa.binary()).to_pylist() == [value.encode() for value in left]
+    assert found.column("reason").to_pylist() == [None, None, "missing_record"]
+    scores = found.column("score").to_pylist()
+    assert scores[0] != scores[1]
+    assert scores[2] is None
+
+
+def test_what_cannot_be_scored_has_a_reason_and_is_never_nan(world: World, tmp_path: Path) -> None:
+    (tmp_path / "records").mkdir()
+    (tmp_path / "pairs").mkdir()
+    texts = pa.array([b"a cat", b"", None, b" ", b"he\xffllo", b"rain"], pa.binary())
+    columns = {"id": pa.array([0, 1, 2, 3, 4, 5], pa.int64()), "text": texts}
+    pq.write_table(pa.table(columns), tmp_path / "records/a.parquet")
+    manifest = encode(EncodeConfig(EncoderOptions(world.encoder), str(tmp_path / "records"), str(tmp_path / "store")))
+    assert manifest["reasons"] == {"invalid_text": 1, "missing_text": 3}
+    left = pa.array([2, 1, 3, 0, 4, 99, None, 0, None], pa.int64())
+    right = pa.array([0, 1, 0, 5, 0, 0, 0, None, 99], pa.int64())
+    pq.write_table(pa.table({"left_id": left, "right_id": right}), tmp_path / "pairs/a.parquet")
+    task = ScoreConfig(
+        pairs=str(tmp_path / "pairs"), output=str(tmp_path / "out"), store=str(tmp_path / "store"), threshold=0.5
+    )
+    manifest = score(task)
+    found = read_scores(tmp_path / "out")
+    assert found.column("reason").to_pylist() == [
+        "missing_text", "missing_text", "missing_text", None, "invalid_text", "missing_record",
+        "missing_id", "missing_id", "missing_id",
+    ]  # fmt: skip
+    scored = [value is not None for value in found.column("score").to_pylist()]
+    assert scored == [reason is None for reason in found.column("reason").to_pylist()]
+    assert [value is not None for value in found.column("match").to_pylist()] == scored
+    assert manifest["reasons"] == {"invalid_text": 1, "missing_id": 3, "missing_record": 1, "missing_text": 3}
+    # Only survivors are written, but all are counted.
+    survivors = score(replace(task, output=str(tmp_path / "some"), min_score=-2.0))
+    assert survivors["rows_out"] == 1
+    assert survivors["reasons"] == manifest["reasons"]
+
+
+def test_exact_ids_and_pass_through_types(world: World, tmp_path: Path) -> None:
+    (tmp_path / "records").mkdir()
+    (tmp_path / "pairs").mkdir()
+    big = 9007199254740993  # 2**53 + 1: no float64 holds it
+    pq.write_table(pa.table({"id": [big, big - 1], "text": ["a cat", "rain"]}), tmp_path / "records/a.parquet")
+    passed = {
+        "amount": pa.array([big, None], pa.int64()),
+        "when": pa.array([1, None], pa.timestamp("us", tz="UTC")),
+        "money": pa.array([None, 5], pa.decimal128(20, 3)),
+        "word": pa.array(["x", None]).dictionary_encode(),
+        "tags": pa.array([["a", None], None], pa.list_(pa.string())),
+        "attributes": pa.array([[("k", 1)], None], pa.map_(pa.string(), pa.int32())),
+    }
+    table = pa.table({"left_id": [big, big - 1], "right_id": [big - 1, big - 1], **passed})
+    pq.write_table(table, tmp_path / "pairs/a.parquet")
+    encode(EncodeConfig(EncoderOptions(world.encoder), str(tmp_path / "records"), str(tmp_path / "store")))
+    task = ScoreConfig(pairs=str(tmp_path / "pairs"), output=str(tmp_path / "out"), store=str(tmp_path / "store"))
+    score(task)
+    found = read_scores(tmp_path / "out")
+    assert found.select(table.schema.names).equals(table)
+    assert found.column("score").to_pylist()[0] < 0.9
+    assert found.column("score").to_pylist()[1] == pytest.approx(1.0, abs=1e-5)
+    some = replace(task, output=str(tmp_path / "some"), columns=("score", "amount"))
+    score(some)
+    assert read_scores(tmp_path / "some").schema.names == ["score", "amount"]
+
+
+def test_a_zero_row_shard_among_others_and_alone(world: World, make_pairs: MakePairs, tmp_path: Path) -> None:
+    pairs = make_pairs(files=4)
+    empty = pq.read_table(pairs / "part-000.parquet").slice(0, 0)
+    pq.write_table(empty, pairs / "part-0005.parquet")
+    assert score(config(world, pairs, tmp_path / "out"))["rows_in"] == 120
+    assert len(list((tmp_path / "out").glob("*.parquet"))) == 5
+    for path in pairs.glob("*.parquet"):
+        pq.write_table(empty, path)
+    assert score(config(world, pairs, tmp_path / "none"))["rows_out"] == 0
+    found = read_scores(tmp_path / "none")
+    assert found.num_rows == 0
+    assert found.schema.names == ["left_id", "right_id", "n", "score", "reason", "truncated"]
+
+
+def test_hive_folders_are_mirrored(world: World, tmp_path: Path) -> None:
+    for branch in ("007", "008"):
+        folder = tmp_path / f"pairs/branch={branch}"
+        folder.mkdir(parents=True)
+        pq.write_table(pair_table([(1, 2), (3, 4)]), folder / "part.parquet")
+    assert score(config(world, tmp_path / "pairs", tmp_path / "out"))["rows_out"] == 4
+    assert sorted(path.parent.name for path in (tmp_path / "out").rglob("*.parquet")) == ["branch=007", "branch=008"]
+    columns = ("branch", "score")
+    score(config(world, tmp_path / "pairs", tmp_path / "named", columns=columns))
+    assert read_scores(tmp_path / "named").column("branch").to_pylist() == ["007", "007", "008", "008"]
+
+
+def test_a_doubled_pair_is_scored_twice_and_a_doubled_record_once(world: World, tmp_path: Path) -> None:
+    for name in ("records", "pairs"):
+        (tmp_path / name).mkdir()
+    pq.write_table(pa.table({"id": [1, 2, 1], "text": ["a cat", "rain", "a cat "]}), tmp_path / "records/a.parquet")
+    pq.write_table(pa.table({"left_id": [1, 1], "right_id": [2, 2]}), tmp_path / "pairs/a.parquet")
+    encode(EncodeConfig(EncoderOptions(world.encoder), str(tmp_path / "records"), str(tmp_path / "store")))
+    task = ScoreConfig(pairs=str(tmp_path / "pairs"), output=str(tmp_path / "out"), store=str(tmp_path / "store"))
+    assert score(task)["rows_out"] == 2
+    first, second = read_scores(tmp_path / "out").column("score").to_pylist()
+    assert first == second
+
+
+def test_conflicting_records_are_refused_by_place(world: World, tmp_path: Path) -> None:
+    (tmp_path / "records").mkdir()
+    pq.write_table(pa.table({"id": ["secret", "b"], "text": ["a cat", "rain"]}), tmp_path / "records/a.parquet")
+    pq.write_table(pa.table({"id": ["c", "secret"], "text": ["snow", "a dog"]}), tmp_path / "records/b.parquet")
+    task = EncodeConfig(EncoderOptions(world.encoder), str(tmp_path / "records"), str(tmp_path / "store"))
+    with pytest.raises(InputError, match=r"a\.parquet.*row 0.*b\.parquet.*row 1") as caught:
+        encode(task)
+    assert "secret" not in str(caught.value)
+    assert "dog" not in str(caught.value)
+
+
+def test_a_bad_shard_fails_by_name_or_is_skipped_and_counted(
+    world: World, make_pairs: MakePairs, tmp_path: Path
+) -> None:
+    pairs = make_pairs(files=3)
+    path = pairs / "part-001.parquet"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    with pytest.raises(InputError, match=r"part-001\.parquet"):
+        score(config(world, pairs, tmp_path / "out"))
+    skipping = config(world, pairs, tmp_path / "out", run=RunOptions(on_bad_shard="skip"))
+    manifest = score(skipping)
+    assert not manifest["complete"]
+    assert manifest["rows_out"] == 60
+    assert [entry["name"] for entry in manifest["skipped_shards"]] == ["part-001.parquet"]
+    assert status(str(tmp_path / "out"))["state"] == "partial"
+    path.write_bytes(whole)
+    manifest = score(skipping)
+    assert manifest["complete"]
+    assert (manifest["rows_out"], manifest["units_resumed"]) == (90, 2)
+
+
+def test_a_page_that_is_broken_inside_is_found(world: World, make_pairs: MakePairs, tmp_path: Path) -> None:
+    pairs = make_pairs(files=2, rows=3000)
+    path = pairs / "part-001.parquet"
+    data = bytearray(path.read_bytes())
+    data[100:2000] = b"\xff" * 1900
+    path.write_bytes(bytes(data))
+    with pytest.raises(InputError, match=r"part-001\.parquet"):
+        score(config(world, pairs, tmp_path / "out"))
+    manifest = score(config(world, pairs, tmp_path / "out", run=RunOptions(on_bad_shard="skip")))
+    assert manifest["rows_out"] == 3000
+    assert len(manifest["skipped_units"]) == 1
+    assert not [name for name in os.listdir(tmp_path / "out") if name.endswith(".tmp")]
+
+
+def test_a_file_without_read_permission_is_named(world: World, make_pairs: MakePairs, tmp_path: Path) -> None:
+    pairs = make_pairs(files=2)
+    (pairs / "part-001.parquet").chmod(0)
+    root = open_location(pairs)
+    is_root = os.geteuid() == 0
+    if is_root:  # root reads everything: become somebody else for a moment
+        for folder in (pairs, *pairs.parents):
+            folder.chmod(folder.stat().st_mode | 0o055)
+        os.seteuid(65534)
+    try:
+        with pytest.raises(InputError, match=r"part-001\.parquet.*Permission denied"):
+            plan_units(root, find_shards(root), 100, "run")
+    finally:
+        if is_root:
+            os.seteuid(0)
+
+
+def test_another_runs_output_is_refused_and_can_be_overwritten(
+    world: World, make_pairs: MakePairs, tmp_path: Path
+) -> None:
+    pairs = make_pairs()
+    first = config(world, pairs, tmp_path / "out")
+    score(first)
+    with pytest.raises(OutputError, match=r"4 files of another run.*--overwrite"):
+        score(replace(first, min_score=0.5))
+    assert read_scores(tmp_path / "out").num_rows == 120
+    manifest = score(replace(first, columns=("score",), run=RunOptions(overwrite=True)))
+    assert manifest["rows_out"] == 120
+    assert read_scores(tmp_path / "out").schema.names == ["score"]
+
+
+def test_a_folder_with_other_peoples_parquet_is_never_deleted(
+    world: World, make_pairs: MakePairs, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "out/theirs.parquet")
+    task = config(world, make_pairs(), tmp_path / "out", run=RunOptions(overwrite=True))
+    with pytest.raises(OutputError, match=r"did not write \(such as theirs\.parquet\)"):
+        score(task)
+    assert pq.read_table(tmp_path / "out/theirs.parquet").num_rows == 1
+
+
+def test_output_and_input_may_not_lie_in_one_another(world: World, make_pairs: MakePairs, tmp_path: Path) -> None:
+    pairs = make_pairs()
+    for output in (pairs, pairs / "out", pairs.parent):
+        with pytest.raises(ConfigError, match="lie in one another"):
+            score(config(world, pairs, output))
+
+
+def test_a_second_run_has_nothing_to_do_and_changes_nothing(
+    world: World, make_pairs: MakePairs, tmp_path: Path
+) -> None:
+    task = config(world, make_pairs(), tmp_path / "out")
+    score(task)
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.parquet")}
+    manifest = score(task)
+    assert manifest["units_resumed"] == len(before) == 4
+    assert manifest["rows_out"] == 120
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.parquet")} == before
+
+
+def test_threshold_calibration_and_min_score(world: World, make_pairs: MakePairs, tmp_path: Path) -> None:
+    pairs = make_pairs()
+    (tmp_path / "calibration.json").write_text('{"slope": 8.0, "intercept": -4.0}')
+    options = {"calibration": str(tmp_path / "calibration.json"), "threshold": 0.5}
+    score(config(world, pairs, tmp_path / "all", **options))
+    every = read_scores(tmp_path / "all")
+    scores = every.column("score").to_numpy()
+    np.testing.assert_allclose(every.column("probability").to_numpy(), 1 / (1 + np.exp(4 - 8 * scores)), atol=1e-5)
+    assert every.column("match").to_pylist() == (every.column("probability").to_numpy() >= 0.5).tolist()
+    score(config(world, pairs, tmp_path / "some", min_score=0.25, **options))
+    assert read_scores(tmp_path / "some").equals(every.filter(pa.array(scores >= 0.25)))
+    assert 0 < read_scores(tmp_path / "some").num_rows < 120
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"columns": ("probability",)}, "needs --calibration"),
+        ({"columns": ("match",)}, "needs --threshold"),
+        ({"columns": ("nothing",)}, "no column 'nothing'"),
+        ({"left_column": "nothing"}, "no column 'nothing'"),
+        ({"calibration": "nowhere.json"}, "nowhere.json"),
+        ({"threshold": float("nan")}, "NaN"),
+        ({"columns": ()}, "--columns is empty"),
+        ({"rows_per_unit": 0}, "--rows-per-unit"),
+        ({"top_k": 0}, "--top-k"),
+    ],
+)
+def test_bad_options_are_named_before_any_work(
+    world: World, make_pairs: MakePairs, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    pairs = make_pairs()
+    with pytest.raises(ConfigError, match=message):
+        score(config(world, pairs, tmp_path / "out", **options))
+    assert not list(tmp_path.glob("out/*.parquet"))
+
+
+def test_an_input_column_named_score_is_not_overwritten(world: World, tmp_path: Path) -> None:
+    (tmp_path / "pairs").mkdir()
+    pq.write_table(pair_table([(1, 2)], score=[0.5]), tmp_path / "pairs/a.parquet")
+    with pytest.raises(ConfigError, match="column 'score' already"):
+        score(config(world, tmp_path / "pairs", tmp_path / "out"))
+    score(config(world, tmp_path / "pairs", tmp_path / "named", columns=("left_id", "score")))
+    assert read_scores(tmp_path / "named").column("score").to_pylist() != [0.5]
+
+
+def test_ids_of_another_kind_and_a_missing_store_are_refused(world: World, tmp_path: Path) -> None:
+    (tmp_path / "pairs").mkdir()
+    pq.write_table(pa.table({"left_id": ["a"], "right_id": ["b"]}), tmp_path / "pairs/a.parquet")
+    with pytest.raises(ConfigError, match="left_id"):
+        score(config(world, tmp_path / "pairs", tmp_path / "out"))
+    nowhere = ScoreConfig(pairs=str(tmp_path / "pairs"), output=str(tmp_path / "out"), store=str(tmp_path / "no"))
+    with pytest.raises(ConfigError, match="holds no vector store"):
+        score(nowhere)
+
+
+def test_records_are_encoded_first(world: World, make_pairs: MakePairs, tmp_path: Path) -> None:
+    task = ScoreConfig(
+        pairs=str(make_pairs()),
+        output=str(tmp_path / "out"),
+        encoder=EncoderOptions(world.encoder),
+        records=world.left,
+        right_records=world.right,
+        dtype="float32",
+    )
+    manifest = score(task)
+    found = read_scores(tmp_path / "out")
+    expected = [
+        world.cosine(left - record_id(0), right - record_id(0))
+        for left, right in zip(found.column("left_id").to_pylist(), found.column("right_id").to_pylist(), strict=True)
+    ]
+    np.testing.assert_allclose(found.column("score").to_numpy(), expected, atol=1e-5)
+    assert manifest["stages"]["encode_left"]["rows_in"] == RECORDS
+    assert sorted(os.listdir(tmp_path / "out/.flipkd")) == ["lock", "plan.json"]  # the stores are gone
+    kept = replace(task, output=str(tmp_path / "again"), cache=str(tmp_path / "cache"))
+    score(kept)
+    assert len(os.listdir(tmp_path / "cache")) == 2
+    again = score(replace(kept, output=str(tmp_path / "third")))
+    assert read_scores(tmp_path / "third").equals(found)
+    assert again["complete"]
+
+
+def test_dry_run_and_status(world: World, make_pairs: MakePairs, tmp_path: Path) -> None:
+    task = config(world, make_pairs(), tmp_path / "out", rows_per_unit=20)
+    plan = dry_run(task)
+    assert (plan["files"], plan["units"], plan["rows"]) == (4, 8, 120)
+    assert not (tmp_path / "out").exists()
+    score(task)
+    done = status(str(tmp_path / "out"))
+    assert (done["state"], done["units_done"], done["units"], done["rows_done"]) == ("finished", 8, 8, 120)
+    victim = sorted((tmp_path / "out").glob("*.parquet"))[0]
+    victim.unlink()
+    (tmp_path / "out/_manifest.json").unlink()
+    half = status(str(tmp_path / "out"))
+    assert (half["state"], half["units_done"], half["rows_done"]) == ("unfinished", 7, 100)
+    with pytest.raises(InputError, match="not an output of flipkd"):
+        status(str(tmp_path / "pairs"))
+
+
+def test_a_full_disk_is_noticed_before_work_starts(
+    world: World, make_pairs: MakePairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flipkd.run import output
+
+    usage = output.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(output.shutil, "disk_usage", lambda _: usage._replace(free=10))
+    with pytest.raises(OutputError, match="MB free"):
+        score(config(world, make_pairs(), tmp_path / "out"))
