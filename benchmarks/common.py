@@ -21,8 +21,8 @@ _PACKAGES = ("flipkd", "numpy", "pyarrow", "torch", "transformers", "sentence-tr
 def interleave(functions: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
     """Return the wall seconds of every call, by name.
 
-    The functions run in turn, round after round, so that a slow spell of the machine hits all of them. Warm them up first,
-    by checking their results, and compare medians.
+    The functions run in turn, round after round, so that a slow spell of the machine hits all of them. Warm them up
+    first, by checking their results, and compare medians.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):

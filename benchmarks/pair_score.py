@@ -3,9 +3,9 @@
     python -m benchmarks.pair_score [--quick] [--rows N] [--pairs N] [--threads N] [--huge-pages]
 
 Rows of 128 numbers; random pairs, and pairs in groups of 20 with the same left row, as blocking gives them. The peer
-scores the same pairs in chunks that fit the cache; several chunk sizes are tried and the fastest is timed. Ratios above 1:
-flipkd is faster. `gather_limit` is the share of what the machine gives a loop that only reads the same rows (its best
-prefetch distance of several) that int8 scoring of random pairs reaches; 1 would be the limit of memory.
+scores the same pairs in chunks that fit the cache; several chunk sizes are tried and the fastest is timed. Ratios above
+1: flipkd is faster. `gather_limit` is the share of what the machine gives a loop that only reads the same rows (its
+best prefetch distance of several) that int8 scoring of random pairs reaches; 1 would be the limit of memory.
 
 Rows lie in anonymous memory in pages of 4 KiB, as a mapped store has them; --huge-pages asks for 2 MiB pages instead.
 """
@@ -17,6 +17,7 @@ import ctypes
 import mmap
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -113,7 +114,7 @@ def main() -> int:
     pairs, rounds = (2_000_000, 3) if options.quick else (options.pairs, options.rounds)
     threads = options.threads
     torch.set_num_threads(threads)
-    # a float32 table of 64 million rows would be 32 GB: the peer then reads rows of the first part only, which favours it
+    # 64 million float32 rows are 32 GB: the peer then has the first few million rows only, which favours it
     peer_rows = min(options.rows, 4_000_000)
     tables = make_rows(options.rows, ("int8", "bf16") if options.rows <= 16_000_000 else ("int8",), options.huge_pages)
     source = make_rows(peer_rows, ("float32",), options.huge_pages)["float32"]
@@ -126,36 +127,33 @@ def main() -> int:
 
     rows_tensor = torch.from_numpy(source.values)
     functions: dict[str, Callable[[], Any]] = {}
-    few = min(pairs, 1_000_000)
+    few = min(pairs, 2_000_000)
     chunks = {}
     for order, (left, right) in peer_orders.items():
-        indices = torch.from_numpy(left), torch.from_numpy(right)
-
-        def peer(count: int, chunk: int, indices: Any = indices) -> torch.Tensor:
-            return gather_multiply_sum(rows_tensor, rows_tensor, indices[0][:count], indices[1][:count], chunk)
-
-        chunks[order] = best_of({size: lambda s=size: peer(few, s) for size in _CHUNKS}, 2)
-        functions[f"torch float32 {order}"] = lambda p=peer, c=chunks[order]: p(pairs, c)
-    for dtype, table in [*tables.items(), *([("float32", source)] if peer_rows == options.rows else [])]:
-        for order, (left, right) in orders.items():
-            functions[f"flipkd {dtype} {order}"] = lambda t=table, a=left, b=right: pair_score(
-                t, t, a, b, threads=threads
-            )
+        peer = partial(gather_multiply_sum, rows_tensor, rows_tensor)
+        some = torch.from_numpy(left[:few]), torch.from_numpy(right[:few])
+        chunks[order] = best_of({chunk: partial(peer, *some, chunk) for chunk in _CHUNKS}, 2)
+        functions[f"torch float32 {order}"] = partial(
+            peer, torch.from_numpy(left), torch.from_numpy(right), chunks[order]
+        )
+    if peer_rows == options.rows:
+        tables["float32"] = source
+    for dtype, table in tables.items():
+        for order, indices in orders.items():
+            functions[f"flipkd {dtype} {order}"] = partial(pair_score, table, table, *indices, threads=threads)
     left, right = orders["random"]
-    int8 = tables["int8"]
-
-    def read(count: int, ahead: int, burst: int) -> int:
-        return gather_read(int8, left[:count], right[:count], ahead, burst, threads)
-
-    best_read = best_of({key: lambda k=key: read(few * 2, *k) for key in _READS}, 3)
-    functions["read only int8 random"] = lambda: read(pairs, *best_read)
+    some_reads = {
+        (ahead, burst): partial(gather_read, tables["int8"], left[:few], right[:few], ahead, burst, threads)
+        for ahead, burst in _READS
+    }
+    best_read = best_of(some_reads, 3)
+    functions["read only int8 random"] = partial(gather_read, tables["int8"], left, right, *best_read, threads)
 
     seconds = {name: statistics.median(times) for name, times in interleave(functions, rounds).items()}
-    item_bytes = {"float32": 4, "bf16": 2, "int8": 1}
     rows = []
     for name, value in seconds.items():
-        dtype = next(dtype for dtype in item_bytes if dtype in name)
-        touched = pairs * _DIM * item_bytes[dtype] * (2 if "random" in name else 1 + 1 / _GROUP)
+        dtype = next(dtype for dtype in STORAGE if dtype in name)
+        touched = pairs * _DIM * STORAGE[dtype].itemsize * (2 if "random" in name else 1 + 1 / _GROUP)
         rows.append(
             {
                 "what": name,

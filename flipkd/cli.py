@@ -28,9 +28,8 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except FlipkdError as error:
-            failure = click.ClickException(str(error))
-            failure.exit_code = error.exit_code
-            raise failure from error
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(error.exit_code)
 
 
 def _load_config(ctx: click.Context, _: click.Parameter, path: str | None) -> str | None:
@@ -55,11 +54,9 @@ def _load_config(ctx: click.Context, _: click.Parameter, path: str | None) -> st
 
 def _parse_config(path: Path) -> dict[str, Any]:
     if path.suffix.lower() == ".toml":
-        if sys.version_info >= (3, 11):
-            import tomllib
-        else:
-            import tomli as tomllib
-        return tomllib.loads(path.read_text())
+        import tomli
+
+        return tomli.loads(path.read_text())
     import yaml
 
     try:

@@ -73,11 +73,11 @@ def render_texts(table: pa.Table, template: str) -> Texts:
         columns[field], bad = as_text(table.column(field), field)
         invalid |= bad
     pieces: list[pa.Array | pa.Scalar] = []
-    for literal, field, _, _ in string.Formatter().parse(template):
+    for literal, name, _, _ in string.Formatter().parse(template):
         if literal:
             pieces.append(pa.scalar(literal, pa.large_string()))
-        if field is not None:
-            pieces.append(pc.fill_null(columns[field], ""))
+        if name is not None:
+            pieces.append(pc.fill_null(columns[name], ""))
     blank = None
     for field in fields:
         empty = pc.equal(pc.fill_null(pc.utf8_trim_whitespace(columns[field]), ""), "")

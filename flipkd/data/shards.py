@@ -1,86 +1,26 @@
-"""Find, read and commit Parquet shards, on a local disk or any filesystem that pyarrow or fsspec knows.
-
-A *shard* is one input file. A *commit* is the rename of a hidden temporary file to its final name (on an object store:
-the one PUT that closes the upload); a reader never sees half a file, and a file that is there is whole.
-"""
+"""Find and read Parquet shards. A *shard* is one input file of a table."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
-import os
 import posixpath
 import urllib.parse
-import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from flipkd.errors import ConfigError, InputError, OutputError
+from flipkd.data.location import Location, reason
+from flipkd.errors import ConfigError, InputError
 
 logger = logging.getLogger(__name__)
 
 PARQUET_SUFFIXES = (".parquet", ".parq", ".pq")
 HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
-TEMPORARY_SUFFIX = ".tmp"
-# Native pyarrow filesystems; every other scheme goes through fsspec.
-_ARROW_SCHEMES = ("file", "s3", "gs", "gcs", "hdfs")
-
-
-@dataclass(frozen=True)
-class Location:
-    """A folder or file on some filesystem.
-
-    Args:
-        uri: as the user gave it (made absolute when local), so that another process can open it again.
-        path: the path that ``filesystem`` knows.
-        filesystem: a pyarrow filesystem.
-    """
-
-    uri: str
-    path: str
-    filesystem: pafs.FileSystem
-
-    @property
-    def is_local(self) -> bool:
-        """Whether the files can be mapped and renamed by the operating system."""
-        return isinstance(self.filesystem, pafs.LocalFileSystem)
-
-    def child(self, name: str) -> Location:
-        """The location of ``name`` below this one."""
-        return Location(f"{self.uri.rstrip('/')}/{name}", posixpath.join(self.path, name), self.filesystem)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (open_location, (self.uri,))
-
-
-def open_location(uri: str | os.PathLike[str]) -> Location:
-    """Opens a local path or a URI such as ``s3://bucket/folder``.
-
-    Raises:
-        ConfigError: the scheme is not known, or its fsspec package is not installed.
-    """
-    text = os.fspath(uri)
-    scheme = text.split("://", 1)[0].lower() if "://" in text else ""
-    if scheme in ("", "file"):
-        path = os.path.abspath(urllib.parse.unquote(text[len("file://") :]) if scheme else text)
-        return Location(path, path, pafs.LocalFileSystem())
-    try:
-        if scheme in _ARROW_SCHEMES:
-            filesystem, path = pafs.FileSystem.from_uri(text)
-            return Location(text, path, filesystem)
-        import fsspec
-
-        remote, path = fsspec.core.url_to_fs(text)
-        return Location(text, path, pafs.PyFileSystem(pafs.FSSpecHandler(remote)))
-    except (ValueError, ImportError, pa.ArrowException) as error:
-        raise ConfigError(f"cannot open the location {text!r}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -122,7 +62,7 @@ def find_shards(location: Location) -> list[Shard]:
     try:
         found = location.filesystem.get_file_info(selector)
     except OSError as error:
-        raise InputError(f"cannot list {location.uri}: {_reason(error)}") from error
+        raise InputError(f"cannot list {location.uri}: {reason(error)}") from error
     root = location.path.rstrip("/") + "/"
     for info in found:
         name = info.path[len(root) :] if info.path.startswith(root) else info.path.lstrip("/")
@@ -248,7 +188,7 @@ class ShardReader:
             yield
         except (OSError, pa.ArrowException, StopIteration) as error:
             raise InputError(
-                f"cannot read {self._shard.name} of {self._location.uri}: {_reason(error) or 'rows are missing'}; "
+                f"cannot read {self._shard.name} of {self._location.uri}: {reason(error) or 'rows are missing'}; "
                 "mend or remove the file, or pass --on-bad-shard skip"
             ) from error
 
@@ -260,111 +200,3 @@ def _with_partitions(table: pa.Table, shard: Shard, columns: Sequence[str], rows
             constant = pa.repeat(pa.scalar(values[column], pa.string()), rows)
             table = table.add_column(position, pa.field(column, pa.string()), constant)
     return table
-
-
-class ShardWriter:
-    """Writes one output shard under a hidden temporary name and publishes it on ``commit``.
-
-    Used as a context manager: leaving it without ``commit`` removes the temporary file.
-
-    Args:
-        root: the output folder.
-        name: final name below it.
-        schema: Arrow schema of the rows.
-        metadata: key-value pairs for the Parquet footer.
-        options: further keyword arguments of ``pyarrow.parquet.ParquetWriter``.
-    """
-
-    def __init__(
-        self, root: Location, name: str, schema: pa.Schema, metadata: dict[str, str], options: dict[str, Any]
-    ) -> None:
-        self._final = root.child(name)
-        folder, base = posixpath.split(self._final.path)
-        temporary = posixpath.join(folder, f".{base}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
-        # An object store shows a key only when its upload is closed, so the final name itself is written there.
-        self._path = temporary if root.is_local else self._final.path
-        self._local = root.is_local
-        self._closed = False
-        try:
-            with writing(self._final.uri):
-                if self._local:
-                    make_private_folder(folder)
-                    os.close(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-                self._sink = root.filesystem.open_output_stream(self._path)
-                self._writer = pq.ParquetWriter(self._sink, schema, **options)
-                self._writer.add_key_value_metadata(metadata)
-        except BaseException:
-            self._remove()
-            raise
-
-    def write(self, table: pa.Table, row_group_rows: int | None = None) -> None:
-        """Appends rows; each call starts a new row group (or several of at most ``row_group_rows``)."""
-        with writing(self._final.uri):
-            self._writer.write_table(table, row_group_size=row_group_rows)
-
-    def add_metadata(self, metadata: dict[str, str]) -> None:
-        """Adds key-value pairs to the footer."""
-        self._writer.add_key_value_metadata(metadata)
-
-    def commit(self) -> None:
-        """Flushes to the disk and renames; after this the shard is there, whole."""
-        with writing(self._final.uri):
-            self._writer.close()
-            self._sink.close()
-            if self._local:
-                sync(self._path)
-                os.replace(self._path, self._final.path)
-                sync(os.path.dirname(self._final.path))
-        self._closed = True
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._closed:
-            return
-        if not self._local:
-            # Closing would publish half an object: the upload is given up instead.
-            abort = getattr(self._sink, "abort", None)
-            if abort is not None:
-                with contextlib.suppress(OSError):
-                    abort()
-            return
-        with contextlib.suppress(OSError, pa.ArrowException):
-            self._writer.close()
-            self._sink.close()
-        self._remove()
-
-    def _remove(self) -> None:
-        if self._local:
-            with contextlib.suppress(OSError):
-                Path(self._path).unlink()
-
-
-@contextlib.contextmanager
-def writing(target: str) -> Iterator[None]:
-    """Turns errors of the operating system while writing ``target`` into an OutputError that names it."""
-    try:
-        yield
-    except OSError as error:
-        hint = "free some space and run again, finished units are kept" if error.errno == errno.ENOSPC else "run again"
-        raise OutputError(f"cannot write {target}: {_reason(error)}; {hint}") from error
-
-
-def make_private_folder(path: str) -> None:
-    """Makes a local folder and its parents; new ones get mode 0700."""
-    Path(path).mkdir(mode=0o700, parents=True, exist_ok=True)
-
-
-def sync(path: str) -> None:
-    """Waits until a local file or folder is on the disk, so that a power cut cannot empty a committed name."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _reason(error: BaseException) -> str:
-    number = getattr(error, "errno", None)
-    return os.strerror(number) if number else str(error).split("\n")[0]

@@ -7,7 +7,6 @@ neighbours.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +69,6 @@ class Encoder:
         self._tokenizer = tokenizer
         self._model = model
         self._exact_model = exact_model
-        self._process = os.getpid()
         self.dim = dim
         self.max_length = max_length
         self.dtype = dtype
@@ -100,10 +98,6 @@ class Encoder:
             max_tokens = MAX_TOKENS[self.device.type]
         if max_tokens < 1:
             raise ConfigError(f"max_tokens must be at least 1, not {max_tokens}")
-        if os.getpid() != self._process:
-            # A forked child has none of the OpenMP threads of its parent; it would wait for them for ever.
-            torch.set_num_threads(1)
-            self._process = os.getpid()
         first_places: dict[str, int] = {}
         rows = np.fromiter((first_places.setdefault(text, len(first_places)) for text in texts), np.int64, len(texts))
         distinct = list(first_places)

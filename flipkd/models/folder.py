@@ -203,8 +203,8 @@ def _read_modules(path: Path) -> list[tuple[str, Path]]:
         entries = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(
-            f"{path}: has no modules.json, so it is not a sentence-transformers bi-encoder; for a plain transformers "
-            "model say how its vectors are pooled: SentenceTransformer(modules=[Transformer(...), Pooling(...)]).save(folder)"
+            f"{path}: has no modules.json, so it is not a sentence-transformers bi-encoder; for a plain model "
+            "say how to pool: SentenceTransformer(modules=[Transformer(...), Pooling(...)]).save(folder)"
         ) from None
     except (OSError, ValueError) as error:
         raise ModelError(f"{file}: cannot be read as JSON: {error}") from error

@@ -9,6 +9,7 @@ the text itself smuggled in: "</s>" inside a record is four characters of text, 
 from __future__ import annotations
 
 import os
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,13 +27,15 @@ CHUNK_TEXTS = 1024
 _PROBES = ("flipkd probe 0", "Wholly different: 17 | b")
 
 
-def _tokenise_in_one_thread() -> None:
-    # A forked child has none of the tokenizer library's threads; it would wait for them for ever if
-    # TOKENIZERS_PARALLELISM=true stayed in force.
+def _use_one_thread() -> None:
+    # A forked child has none of its parent's threads, and would wait for them for ever: the tokenizer library's if
+    # TOKENIZERS_PARALLELISM=true stayed in force, OpenMP's as soon as torch starts a parallel loop.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
 
 
-os.register_at_fork(after_in_child=_tokenise_in_one_thread)
+os.register_at_fork(after_in_child=_use_one_thread)
 
 
 @dataclass(frozen=True)

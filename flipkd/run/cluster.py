@@ -17,10 +17,9 @@ from typing import Any
 import pyarrow.fs as pafs
 
 from flipkd.config import RunOptions
-from flipkd.data.shards import Location
+from flipkd.data.location import Location
 from flipkd.errors import ClusterError, ConfigError, FlipkdError
-from flipkd.run.job import UnitWorker
-from flipkd.run.local import attempt
+from flipkd.run.local import UnitFunction, attempt
 from flipkd.run.manifest import UnitReport, read_reports
 from flipkd.run.units import WorkUnit
 
@@ -38,7 +37,7 @@ class _UnitActor:
     """Lives in a Ray worker: loads once, then runs one unit a call."""
 
     def __init__(
-        self, make_worker: Callable[[int], UnitWorker], threads: int, output: Location, skip_bad_shards: bool
+        self, make_worker: Callable[[int], UnitFunction], threads: int, output: Location, skip_bad_shards: bool
     ) -> None:
         self._worker = make_worker(threads)
         self._output, self._skip = output, skip_bad_shards
@@ -60,7 +59,7 @@ class _UnitActor:
 
 
 def run_cluster(
-    make_worker: Callable[[int], UnitWorker],
+    make_worker: Callable[[int], UnitFunction],
     units: Sequence[WorkUnit],
     output: Location,
     run: RunOptions,
@@ -134,7 +133,9 @@ def connect(address: str) -> None:
     try:
         ray.init(address=address, **options)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise ClusterError(f"--ray {address}: cannot join the cluster: {str(error).splitlines()[0]}") from error
+        causes = f"{error} {error.__cause__}"
+        hint = "; it asks for a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN" if "AuthToken" in causes else ""
+        raise ClusterError(f"--ray {address}: cannot join the cluster: {str(error).splitlines()[0]}{hint}") from error
 
 
 def _explain(error: BaseException, run: RunOptions) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from flipkd.config import EncodeConfig, EncoderOptions
+from flipkd.data.commit import ShardWriter, read_json, write_json
+from flipkd.data.location import Location, open_location
 from flipkd.data.pairs import distinct_texts
 from flipkd.data.records import (
     Texts,
@@ -21,10 +24,10 @@ from flipkd.data.records import (
     template_fields,
     text_digests,
 )
-from flipkd.data.shards import Location, ShardReader, ShardWriter, find_shards, open_location
+from flipkd.data.shards import ShardReader, find_shards
 from flipkd.errors import ConfigError
 from flipkd.run.job import Job, run_job
-from flipkd.run.manifest import SOURCE_KEY, WORK_FOLDER, UnitReport, read_json
+from flipkd.run.manifest import MANIFEST, SOURCE_KEY, WORK_FOLDER, UnitReport
 from flipkd.run.output import locked, refuse_overlap, remove_folder
 from flipkd.run.units import Plan, WorkUnit, fingerprint, plan_units
 from flipkd.vectors.layout import STATUS_INVALID_TEXT, STATUS_MISSING_TEXT, STATUS_TRUNCATED
@@ -119,7 +122,7 @@ def encode_planned(planned: EncodePlan) -> dict[str, Any]:
         sealed = read_json(output, STORE_FILE)
         if sealed is not None and sealed["fingerprint"] == planned.fingerprint:
             logger.info("%s is complete already", output.uri)
-            return read_json(output, "_manifest.json") or {}
+            return read_json(output, MANIFEST) or {}
         if sealed is not None and not config.run.overwrite:
             raise ConfigError(
                 f"{output.uri} holds the store of another run, or of records that have changed since; "
@@ -144,7 +147,6 @@ def encode_planned(planned: EncodePlan) -> dict[str, Any]:
 
 
 def _seal(planned: EncodePlan, output: Location, parts: Location, manifest: dict[str, Any]) -> dict[str, Any]:
-    from flipkd.run.manifest import MANIFEST, write_json
     from flipkd.vectors.store import seal_store
 
     started = time.perf_counter()
@@ -256,8 +258,6 @@ class EncodeWorker:
         return Texts(values, invalid), np.where(texts.invalid, np.int32(len(values) - 1), indices)
 
     def _commit(self, unit: WorkUnit, table: pa.Table, report: UnitReport) -> None:
-        import json
-
         metadata = report.footer("encode", self._run, unit.fingerprint)
         metadata[SOURCE_KEY] = json.dumps({"path": unit.shard.name, "first_row": unit.first_row})
         with ShardWriter(self._output, unit.output, table.schema, metadata, _PART_OPTIONS) as writer:

@@ -7,13 +7,14 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from flipkd.config import RunOptions
-from flipkd.data.shards import Location
+from flipkd.data.commit import write_json
+from flipkd.data.location import Location
 from flipkd.errors import ClusterError
-from flipkd.run.local import run_local
-from flipkd.run.manifest import MANIFEST, PLAN, Totals, UnitReport, read_reports, versions, write_json
+from flipkd.run.local import UnitFunction, run_local
+from flipkd.run.manifest import MANIFEST, PLAN, Totals, UnitReport, read_reports, versions
 from flipkd.run.output import check_space, prepare
 from flipkd.run.progress import progress_bar
 from flipkd.run.units import Plan, WorkUnit
@@ -21,14 +22,6 @@ from flipkd.run.units import Plan, WorkUnit
 logger = logging.getLogger(__name__)
 
 Kind = Literal["encode", "texts", "score"]
-
-
-class UnitWorker(Protocol):
-    """Holds what a worker loads once (a model, mapped stores) and runs units with it."""
-
-    def __call__(self, unit: WorkUnit) -> UnitReport:
-        """Runs one unit: reads, computes, commits one output."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -40,7 +33,8 @@ class Job:
         output: folder of its outputs, locked by the caller.
         plan: its units.
         fingerprint: of everything that decides the outputs besides the input files.
-        make_worker: from a number of threads to a worker; pickled to Ray workers.
+        make_worker: from a number of threads to a worker, which loads what it needs (a model, mapped stores) once and
+            is then called with unit after unit; pickled to Ray workers.
         run: how to run.
         unit_name: what a row is, for the progress bar.
         uses_model: whether a worker runs a model: then one at a time in process (it uses all cores by itself), and a
@@ -53,7 +47,7 @@ class Job:
     output: Location
     plan: Plan
     fingerprint: str
-    make_worker: Callable[[int], UnitWorker]
+    make_worker: Callable[[int], UnitFunction]
     run: RunOptions
     unit_name: str
     uses_model: bool

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flipkd.data.shards import Location, writing
+from flipkd.data.location import Location
 from flipkd.errors import InputError
 
 MANIFEST = "_manifest.json"
@@ -135,51 +135,3 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def write_json(root: Location, name: str, values: Mapping[str, Any]) -> None:
-    """Writes a JSON file in one step (hidden temporary file and rename on a local disk, one PUT elsewhere)."""
-    target = root.child(name)
-    data = (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
-    if root.is_local:
-        write_private_file(target.path, data)
-        return
-    with writing(target.uri), root.filesystem.open_output_stream(target.path) as sink:
-        sink.write(data)
-
-
-def write_private_file(path: str, data: bytes) -> None:
-    """Writes a local file of mode 0600 under a hidden name, flushes it and renames it."""
-    import os
-    import uuid
-
-    from flipkd.data.shards import TEMPORARY_SUFFIX, make_private_folder, sync
-
-    with writing(path):
-        folder, base = os.path.split(path)
-        make_private_folder(folder)
-        temporary = os.path.join(folder, f".{base}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as sink:
-            sink.write(data)
-            sink.flush()
-            os.fsync(descriptor)
-        os.replace(temporary, path)
-        sync(folder)
-
-
-def read_json(root: Location, name: str) -> dict[str, Any] | None:
-    """Reads a JSON file of flipkd's; None when it is not there.
-
-    Raises:
-        InputError: it is there and is not JSON.
-    """
-    target = root.child(name)
-    try:
-        with root.filesystem.open_input_stream(target.path) as source:
-            values: dict[str, Any] = json.loads(source.read())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {target.uri}: {type(error).__name__}") from error
-    return values

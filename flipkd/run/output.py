@@ -18,13 +18,9 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 from filelock import FileLock, Timeout
 
-from flipkd.data.shards import (
-    PARQUET_SUFFIXES,
-    TEMPORARY_SUFFIX,
-    Location,
-    make_private_folder,
-    writing,
-)
+from flipkd.data.commit import TEMPORARY_SUFFIX, make_private_folder, writing
+from flipkd.data.location import Location
+from flipkd.data.shards import PARQUET_SUFFIXES
 from flipkd.errors import ConfigError, OutputError, OutputInUseError
 from flipkd.run.manifest import MANIFEST, WORK_FOLDER
 from flipkd.run.units import FINGERPRINT_CHARACTERS

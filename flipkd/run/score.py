@@ -12,8 +12,10 @@ import numpy as np
 import pyarrow as pa
 
 from flipkd.config import SCORE_COLUMNS
+from flipkd.data.commit import ShardWriter, write_options
+from flipkd.data.location import Location
 from flipkd.data.pairs import REASONS, PairRows, resolve_ids, resolve_texts
-from flipkd.data.shards import Location, ShardReader, ShardWriter
+from flipkd.data.shards import ShardReader
 from flipkd.errors import ConfigError
 from flipkd.kernels.pair_score import PairScores, pair_score
 from flipkd.run.manifest import UnitReport
@@ -189,6 +191,7 @@ def assemble(
         elif name == "probability":
             columns[name] = pa.array(scores.probability, pa.float32(), mask=unscored)
         elif name == "match":
+            assert threshold is not None
             judged = scores.score if scores.probability is None else scores.probability
             columns[name] = pa.array(judged >= threshold, pa.bool_(), mask=unscored)
         elif name == "reason":
@@ -225,16 +228,3 @@ def _reason_column(codes: Any, rows: int) -> pa.Array:
     return pa.DictionaryArray.from_arrays(
         pa.array(codes.astype(np.int8) - 1, mask=codes == 0), pa.array(REASONS[1:], pa.string())
     ).cast(pa.string())
-
-
-def write_options(schema: pa.Schema) -> dict[str, Any]:
-    """How scores are written: chosen by measurement for speed at a sane size (``benchmarks/score.py``).
-
-    Ids hardly repeat within a row group and scores never do, so a dictionary is tried for nothing there.
-    """
-    words = [
-        field.name
-        for field in schema
-        if field.name == "reason" or pa.types.is_dictionary(field.type) or pa.types.is_boolean(field.type)
-    ]
-    return {"compression": "lz4", "use_dictionary": words or False, "write_statistics": False}

@@ -6,10 +6,11 @@ from typing import Any
 
 import pyarrow.fs as pafs
 
-from flipkd.data.shards import Location, open_location
+from flipkd.data.commit import read_json
+from flipkd.data.location import Location, open_location
 from flipkd.errors import InputError
 from flipkd.run.encode import PARTS, STORE_FILE
-from flipkd.run.manifest import MANIFEST, PLAN, WORK_FOLDER, Totals, read_json, read_reports
+from flipkd.run.manifest import MANIFEST, PLAN, WORK_FOLDER, Totals, read_reports
 from flipkd.run.output import list_outputs
 
 

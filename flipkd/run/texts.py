@@ -17,10 +17,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from flipkd.data.commit import ShardWriter, read_json, write_json, writing
+from flipkd.data.location import Location
 from flipkd.data.pairs import distinct_texts
 from flipkd.data.records import DIGEST_BYTES, text_digests
-from flipkd.data.shards import Location, ShardReader, ShardWriter, writing
-from flipkd.run.manifest import MANIFEST, UnitReport, read_json, write_json
+from flipkd.data.shards import ShardReader
+from flipkd.run.manifest import MANIFEST, UnitReport
 from flipkd.run.output import remove_folder
 from flipkd.run.units import WorkUnit
 

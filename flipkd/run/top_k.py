@@ -16,7 +16,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flipkd.data.shards import Location, ShardWriter
+from flipkd.data.commit import ShardWriter, write_options
+from flipkd.data.location import Location
 from flipkd.run.manifest import UnitReport, read_reports
 from flipkd.run.units import WorkUnit
 
@@ -85,8 +86,6 @@ class TopKWorker:
 
     def __call__(self, unit: WorkUnit) -> UnitReport:
         """Runs one unit."""
-        from flipkd.run.score import write_options
-
         task, started = self._task, time.perf_counter()
         table = _read(task.candidates, unit.output, None).drop_columns([LEFT_ROW, SCORE])
         table = table.take(pa.array(task.keep[unit.output]))

@@ -17,7 +17,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from flipkd.data.shards import Location, Shard, ShardReader
+from flipkd.data.location import Location
+from flipkd.data.shards import Shard, ShardReader
 from flipkd.errors import InputError
 
 FINGERPRINT_CHARACTERS = 12

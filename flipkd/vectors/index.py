@@ -16,10 +16,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from flipkd.errors import ConfigError, InputError
+from flipkd.errors import ConfigError
 from flipkd.kernels.native import native
 from flipkd.vectors import index_reference as reference
 from flipkd.vectors.id_types import check_id_type, plain
+from flipkd.vectors.mapped import map_file
 
 Array = NDArray[Any]
 
@@ -189,10 +190,10 @@ class IdIndex:
 
 
 def build_index(folder: Path, kind: str, status: Array, skip_mask: int) -> Iterator[Array]:
-    """Fill slots.bin of `folder` from ids.bin and offsets.bin; rows whose status has a bit of `skip_mask` are left out.
+    """Fill slots.bin of `folder`, which is there and all zeros, from ids.bin and offsets.bin.
 
-    The first row of an id wins. Yields the duplicates met, [n, 2] int64 (first row, row), a block at a time; the table
-    is whole when the iterator is.
+    Rows whose status has a bit of `skip_mask` are left out; the first row of an id wins. Yields the duplicates met,
+    [n, 2] int64 (first row, row), a block at a time. The table is whole when the iterator is at its end.
     """
     rows = len(status)
     if kind == "null" or rows == 0:
@@ -200,7 +201,8 @@ def build_index(folder: Path, kind: str, status: Array, skip_mask: int) -> Itera
     is_bytes = kind == "bytes"
     ids = map_file(folder / "ids.bin", "u1" if is_bytes else "<u8")
     offsets = map_file(folder / "offsets.bin", "<u8") if is_bytes else np.empty(0, "<u8")
-    table = np.memmap(folder / "slots.bin", reference.BYTES_BUCKET if is_bytes else reference.INT_BUCKET, "r+")
+    bucket = reference.BYTES_BUCKET if is_bytes else reference.INT_BUCKET
+    table = map_file(folder / "slots.bin", bucket, writable=True)
     library = native()
     if library is None:
         indexed = (np.asarray(status) & skip_mask) == 0
@@ -232,21 +234,6 @@ def build_index(folder: Path, kind: str, status: Array, skip_mask: int) -> Itera
             )
             if found.value:
                 yield duplicates[: found.value]
-    table.flush()
-
-
-def map_file(path: Path, dtype: Any) -> Array:
-    """Map a whole file read-only as a 1-d array.
-
-    Raises:
-        InputError: the file cannot be opened.
-    """
-    try:
-        if path.stat().st_size == 0:  # an empty file cannot be mapped
-            return np.empty(0, dtype)
-        return np.memmap(path, dtype, "r")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be mapped ({error}); encode the records again") from error
 
 
 def _pointer(buffer: pa.Buffer | None, offset_bytes: int = 0) -> ctypes.c_void_p:

@@ -16,9 +16,9 @@ import shutil
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +29,8 @@ from numpy.typing import NDArray
 from flipkd.errors import ConflictingRecordsError, InputError, OutputError
 from flipkd.vectors import layout
 from flipkd.vectors.id_types import check_id_type, plain
-from flipkd.vectors.index import MAX_ROWS, build_index, map_file
+from flipkd.vectors.index import MAX_ROWS, build_index
+from flipkd.vectors.mapped import PIECE_BYTES, HashedFile, map_file
 from flipkd.vectors.rows import STORAGE, check_dtype
 
 SOURCE_KEY = b"flipkd.source"
@@ -149,18 +150,6 @@ class _reading:  # noqa: N801 - reads as a statement
             raise InputError(f"the part {self.part} cannot be read ({error}); {layout.AGAIN}") from error
 
 
-@dataclass
-class _Column:
-    """One file of the store as it grows, and the hash of what went in."""
-
-    file: BinaryIO
-    hash: Any = field(default_factory=lambda: hashlib.blake2b(digest_size=16))
-
-    def write(self, data: NDArray[Any]) -> None:
-        self.hash.update(data.data)
-        self.file.write(data.data)
-
-
 def _write_rows(sealing: Path, plan: _Plan, header: dict[str, Any], batch_rows: int) -> dict[str, Any]:
     """Write all files but the table, and return the header with everything but duplicate_records."""
     vector_type = pa.binary(plan.dim * STORAGE[header["dtype"]].itemsize)
@@ -169,7 +158,7 @@ def _write_rows(sealing: Path, plan: _Plan, header: dict[str, Any], batch_rows: 
     with ExitStack() as stack:
         names = ("vectors.bin", "status.bin", "ids.bin", "offsets.bin", _DIGESTS)
         vectors, status_file, ids_file, offsets, digests = (
-            _Column(stack.enter_context(_create(sealing / name))) for name in names
+            stack.enter_context(HashedFile(sealing / name, hashed=name != _DIGESTS)) for name in names
         )
         if plan.kind == "bytes":
             offsets.write(np.zeros(1, np.uint64))
@@ -257,10 +246,12 @@ def _binary_parts(ids: pa.Array) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
 
 
 def _allocate(sealing: Path, files: dict[str, int]) -> None:
-    """Take the table's disk space now: a full disk is then an error here, not a SIGBUS in the middle of a mapping."""
-    if files.get("slots.bin"):
-        with _create(sealing / "slots.bin") as file:
-            os.posix_fallocate(file.fileno(), 0, files["slots.bin"])
+    """Write the empty table. A full disk is then an error here, not a SIGBUS in the middle of a mapping."""
+    if "slots.bin" in files:
+        zeros = np.zeros(PIECE_BYTES, np.uint8)
+        with HashedFile(sealing / "slots.bin", hashed=False) as file:
+            for start in range(0, files["slots.bin"], PIECE_BYTES):
+                file.write(zeros[: files["slots.bin"] - start])
 
 
 def _index(sealing: Path, plan: _Plan, header: dict[str, Any]) -> int:
@@ -288,10 +279,8 @@ def _publish(folder: Path, sealing: Path, files: dict[str, int], header: dict[st
     for name in files:
         _sync(sealing / name)
     temporary = sealing / layout.HEADER_FILE
-    with _create(temporary) as file:
-        file.write(json.dumps(header, indent=1, default=str).encode())
-        file.flush()
-        os.fsync(file.fileno())
+    with HashedFile(temporary) as file:
+        file.write(np.frombuffer(json.dumps(header, indent=1, default=str).encode(), np.uint8))
     # From here to the last rename a store that was there before is unsealed. Who has it mapped keeps the old files.
     (folder / layout.HEADER_FILE).unlink(missing_ok=True)
     for name in files:
@@ -300,10 +289,6 @@ def _publish(folder: Path, sealing: Path, files: dict[str, int], header: dict[st
     os.replace(temporary, folder / layout.HEADER_FILE)
     _sync(folder)
     shutil.rmtree(sealing)
-
-
-def _create(path: Path) -> BinaryIO:
-    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), "wb", buffering=1 << 20)
 
 
 def _sync(path: Path) -> None:

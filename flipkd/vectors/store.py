@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flipkd.errors import ConfigError, InputError
-from flipkd.vectors.index import IdIndex, map_file
+from flipkd.vectors.index import IdIndex
 from flipkd.vectors.layout import (
     AGAIN,
     HEADER_FILE,
@@ -32,6 +32,7 @@ from flipkd.vectors.layout import (
     read_header,
     store_files,
 )
+from flipkd.vectors.mapped import map_file
 from flipkd.vectors.rows import STORAGE, VectorRows
 from flipkd.vectors.seal import seal_store
 

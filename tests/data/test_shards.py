@@ -13,7 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flipkd.data.shards import Location, Shard, ShardReader, ShardWriter, find_shards, open_location
+from flipkd.data.commit import ShardWriter
+from flipkd.data.location import Location, open_location
+from flipkd.data.shards import Shard, ShardReader, find_shards
 from flipkd.errors import ConfigError, InputError, OutputError
 from flipkd.run.units import plan_units
 

@@ -28,6 +28,13 @@ SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", "</s>", 
 MakeFolder = Callable[..., Path]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(
+        1
+    )  # small models gain nothing from more, and OpenMP's busy waiting is slow on a shared machine
+
+
 @pytest.fixture(scope="session")
 def small_vocabulary(icd9: list[tuple[str, str, str]]) -> Tokenizer:
     """A byte-level BPE of 600 entries, trained on medical descriptions."""
@@ -44,7 +51,9 @@ def small_vocabulary(icd9: list[tuple[str, str, str]]) -> Tokenizer:
     return tokenizer
 
 
-def wrapped(vocabulary: Tokenizer, *, begins: bool = False, ends: bool = False, **settings: Any) -> PreTrainedTokenizerFast:
+def wrapped(
+    vocabulary: Tokenizer, *, begins: bool = False, ends: bool = False, **settings: Any
+) -> PreTrainedTokenizerFast:
     """A transformers tokenizer that puts <s> before and </s> after a text where asked."""
     backend = Tokenizer.from_str(vocabulary.to_str())
     if begins or ends:
@@ -53,6 +62,8 @@ def wrapped(vocabulary: Tokenizer, *, begins: bool = False, ends: bool = False, 
             special_tokens=[(name, backend.token_to_id(name)) for name in ("<s>", "</s>")],
         )
     settings.setdefault("model_max_length", 64)
+    if ends:
+        settings.setdefault("eos_token", "</s>")
     return PreTrainedTokenizerFast(tokenizer_object=backend, **settings)
 
 
@@ -79,7 +90,7 @@ def random_model(kind: str, vocabulary_size: int = 600, width: int = 32) -> nn.M
 
 @pytest.fixture
 def make_folder(tmp_path: Path) -> MakeFolder:
-    """make_folder("llama", tokenizer, "lasttoken", [Dense(...), Normalize()]) -> a folder that SentenceTransformer loads."""
+    """make_folder("llama", tokenizer, "lasttoken", [Dense(...), Normalize()]) -> a folder that anyone can load."""
 
     def make(
         kind: str,
@@ -96,7 +107,9 @@ def make_folder(tmp_path: Path) -> MakeFolder:
         tokenizer.save_pretrained(plain)
         transformer = Transformer(str(plain), **settings.pop("transformer", {}))
         width = model.config.hidden_size
-        SentenceTransformer(modules=[transformer, Pooling(width, pooling), *steps], device="cpu", **settings).save(str(folder))
+        SentenceTransformer(modules=[transformer, Pooling(width, pooling), *steps], device="cpu", **settings).save(
+            str(folder)
+        )
         return folder
 
     return make

@@ -12,7 +12,7 @@ import time
 from functools import partial
 
 from flipkd.cli import main
-from flipkd.run import pipeline
+from flipkd.run import plan_score
 from flipkd.run.manifest import UnitReport
 from flipkd.run.score import ScoreTask, ScoreWorker
 from flipkd.run.units import WorkUnit
@@ -35,5 +35,5 @@ class FaultyWorker:
 if __name__ == "__main__":
     from tests.run import faults
 
-    pipeline.ScoreWorker = partial(faults.FaultyWorker, float(sys.argv[1]), sys.argv[2])  # type: ignore[assignment,misc]
+    plan_score.ScoreWorker = partial(faults.FaultyWorker, float(sys.argv[1]), sys.argv[2])  # type: ignore[assignment,misc]
     main(sys.argv[3:])

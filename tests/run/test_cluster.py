@@ -6,6 +6,7 @@ Clusters are real: three ``ray start`` nodes on this machine, the head without C
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -29,7 +30,10 @@ from tests.run.test_kill import contents
 MakePairs = Callable[..., Path]
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 ROOT = str(Path(__file__).parents[2])
-ENVIRONMENT = {**os.environ, "PYTHONPATH": ROOT}  # workers import tests.run.faults
+# Workers import tests.run.faults; the nodes trust only who holds the token, as in cluster.yaml.
+ENVIRONMENT = {
+    **os.environ, "PYTHONPATH": ROOT, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32),
+}  # fmt: skip
 
 
 def free_port() -> int:
@@ -79,9 +83,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         made.start(
             "--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false", "--object-store-memory=100000000"
         )
-        for _ in range(2):
+        for count in (1, 2):  # one after the other: nodes on one machine choose their ports as they start
             made.add_worker()
-        wait_until(lambda: alive_workers(made.address) == 2, 90)
+            wait_until(lambda count=count: alive_workers(made.address) == count, 120)  # type: ignore[misc]
         yield made
     finally:
         for node in made.nodes:
@@ -94,7 +98,9 @@ def alive_workers(address: str) -> int:
         "import ray, sys; ray.init(address=sys.argv[1], logging_level='ERROR', log_to_driver=False);"
         "print(int(ray.cluster_resources().get('CPU', 0)))"
     )
-    done = subprocess.run([sys.executable, "-c", code, address], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, address], capture_output=True, text=True, check=False, env=ENVIRONMENT
+    )
     return int(done.stdout.strip() or 0) if done.returncode == 0 else 0
 
 
@@ -178,7 +184,7 @@ def test_encode_and_inline_texts_on_ray_give_the_bytes_of_one_process(
         sys.executable, "-m", "flipkd.cli", "score", "--pairs", str(tmp_path / "pairs"), "--encoder", world.encoder,
         "--output", str(tmp_path / "there"), "--ray", cluster.address, "--no-progress",
     ]  # fmt: skip
-    subprocess.run(run, check=True, timeout=240)
+    subprocess.run(run, check=True, timeout=240, env=ENVIRONMENT)
     assert contents(tmp_path / "there") == contents(tmp_path / "here")
 
 

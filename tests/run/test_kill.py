@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from flipkd.config import ScoreConfig
-from flipkd.data.shards import open_location
+from flipkd.data.location import open_location
 from flipkd.errors import OutputError, OutputInUseError
 from flipkd.run import local
 from flipkd.run.manifest import UnitReport
@@ -158,7 +158,7 @@ def test_resume_of_a_large_job_starts_within_seconds(
         pq.write_table(table, tmp_path / f"pairs/{file}.parquet", row_group_size=10)
     task = config(world, tmp_path / "pairs", tmp_path / "out")
     with monkeypatch.context() as patch:  # the disk's flushes are not what is measured
-        patch.setattr("flipkd.data.shards.sync", lambda _: None)
+        patch.setattr("flipkd.data.commit.sync", lambda _: None)
         score(task)
     victims = sorted((tmp_path / "out").glob("*.parquet"))
     assert len(victims) == 10_000

@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from flipkd.config import EncodeConfig, EncoderOptions, RunOptions, ScoreConfig
-from flipkd.data.shards import find_shards, open_location
+from flipkd.data.location import open_location
+from flipkd.data.shards import find_shards
 from flipkd.errors import ConfigError, InputError, OutputError
 from flipkd.run.encode import encode
 from flipkd.run.pipeline import dry_run, score

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import stat
@@ -17,7 +18,9 @@ import pytest
 
 from flipkd.errors import ConfigError, ConflictingRecordsError, InputError, OutputError
 from flipkd.vectors import index as index_module
+from flipkd.vectors import mapped as mapped_module
 from flipkd.vectors import seal as seal_module
+from flipkd.vectors.mapped import HashedFile, map_file
 from flipkd.vectors.rows import quantise
 from flipkd.vectors.store import VectorStore, is_sealed, seal_store
 
@@ -106,6 +109,10 @@ class TestSeal:
         assert store.index.look_up(pa.array(["\0", "z", "ü", "a\0c", None, "a", "a\0b", ""])).tolist() == [
             6, 5, 4, 3, -1, 0, 1, -1
         ]  # fmt: skip
+
+    def test_ids_of_no_bytes(self, tmp_path: Path) -> None:
+        seal_store(tmp_path / "store", [write_part(tmp_path / "a", pa.array([None, ""]))], HEADER)
+        assert VectorStore.open(tmp_path / "store").index.look_up(pa.array(["", "a"])).tolist() == [1, -1]
 
     def test_uuid_ids(self, tmp_path: Path) -> None:
         ids = pa.array([bytes([n]) * 16 for n in range(4)], pa.binary(16))
@@ -255,10 +262,25 @@ class TestCrash:
 
         part = write_part(tmp_path / "a", pa.array(["x"]))
         with monkeypatch.context() as patched:
-            patched.setattr(seal_module.os, "posix_fallocate", full)
+            patched.setattr(seal_module.HashedFile, "_flush", full)
             with pytest.raises(OutputError, match="store cannot be written: No space left"):
                 seal_store(tmp_path / "store", [part], HEADER)
         assert not is_sealed(tmp_path / "store")
+
+
+class TestHashedFile:
+    def test_pieces_join_up(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(mapped_module, "PIECE_BYTES", 10)
+        pieces = [np.arange(n, dtype=np.int16) for n in (0, 1, 30, 2, 5, 4)]
+        with HashedFile(tmp_path / "file") as file:
+            for piece in pieces:
+                file.write(piece)
+        whole = np.concatenate(pieces)
+        assert (tmp_path / "file").read_bytes() == whole.tobytes()
+        assert file.hash.digest() == hashlib.blake2b(whole.tobytes(), digest_size=16).digest()
+        mapped = map_file(tmp_path / "file", np.int16)
+        assert np.array_equal(mapped, whole)
+        assert not mapped.flags.writeable
 
 
 class TestBadParts:

@@ -27,8 +27,8 @@ from flipkd.vectors.rows import DTYPES, VectorRows
 LEVELS = ("portable", "avx2", "avx512_vnni", "avx512_bf16")
 LEVEL_OVERRIDE = "FLIPKD_CPU_LEVEL"
 
-# Above this the int8 sums of squares could leave int32 (127 * 127 * dim < 2^31).
-MAX_INT8_DIM = 131072
+# Above this the int8 sums could leave int32 (the AVX-512 kernel adds up products of 255 and 127).
+MAX_INT8_DIM = 65536
 
 Indices = NDArray[Any]  # int32 or int64; NumPy's own types lose the union on the way through its functions
 

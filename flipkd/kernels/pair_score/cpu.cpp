@@ -58,26 +58,16 @@ constexpr int64_t MIN_PAIRS_PER_THREAD = 16384;  // below this a thread costs mo
 
 // Mirrored field by field by `_Job` in flipkd/kernels/pair_score/__init__.py.
 struct Job {
-    const void* left;
-    const void* right;
-    const void* left_index;
-    const void* right_index;
+    const void *left, *right, *left_index, *right_index;
     float* score;          // [pairs]; the first `survivors` hold the result
     float* probability;    // [pairs] or null: no calibration
     int64_t* position;     // [pairs] or null: no threshold
-    int64_t left_rows;
-    int64_t right_rows;
-    int64_t dim;
-    int64_t pairs;
+    int64_t left_rows, right_rows, dim, pairs;
     int64_t bad_place;     // out: first pair with an index outside its table, or -1
     int64_t survivors;     // out
-    float slope;           // probability = sigmoid(slope * score + offset)
-    float offset;
+    float slope, offset;   // probability = sigmoid(slope * score + offset)
     float min_score;
-    int32_t dtype;
-    int32_t index_bytes;   // 4 or 8
-    int32_t level;
-    int32_t threads;
+    int32_t dtype, index_bytes, level, threads;
 };
 
 // ---- how two rows become one score ----------------------------------------------------------------------------------
@@ -95,53 +85,58 @@ INLINE Sums int8_sums(int32_t dot, int32_t left_square, int32_t right_square) {
     return {static_cast<float>(dot), static_cast<float>(left_square) * static_cast<float>(right_square)};
 }
 
-INLINE float from_bf16(uint16_t bits) {
-    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+INLINE float widen(float value) { return value; }
+INLINE float widen(uint16_t bf16_bits) {
+    const uint32_t bits = static_cast<uint32_t>(bf16_bits) << 16;
     float value;
-    std::memcpy(&value, &wide, sizeof value);
+    std::memcpy(&value, &bits, sizeof value);
     return value;
 }
 
-INLINE float from_float(float value) { return value; }
+// Adds left.right to `dot` and right.right to `square`.
+INLINE void add_portable(const int8_t* left, const int8_t* right, int64_t dim, int32_t& dot, int32_t& square) {
+    for (int64_t k = 0; k < dim; ++k) {
+        dot += left[k] * right[k];
+        square += right[k] * right[k];
+    }
+}
 
 struct PortableInt8 {
     using Element = int8_t;
     using Left = int32_t;  // |left|^2
     static Left prepare(const Element* left, int64_t dim) {
-        int32_t square = 0;
-        for (int64_t k = 0; k < dim; ++k) square += left[k] * left[k];
+        int32_t dot = 0, square = 0;
+        add_portable(left, left, dim, dot, square);
         return square;
     }
     static Sums sums(const Element* left, Left left_square, const Element* right, int64_t dim) {
         int32_t dot = 0, square = 0;
-        for (int64_t k = 0; k < dim; ++k) {
-            dot += left[k] * right[k];
-            square += right[k] * right[k];
-        }
+        add_portable(left, right, dim, dot, square);
         return int8_sums(dot, left_square, square);
     }
 };
 
 struct Nothing {};
-
-template <class E, float (*Widen)(E)>
-struct PortableFloat {
+template <class E>
+struct FloatRows {  // keeps nothing of the left row: it stays in L1
     using Element = E;
     using Left = Nothing;
-    static Left prepare(const E*, int64_t) { return {}; }
-    static Sums sums(const E* left, Left, const E* right, int64_t dim) {
+    INLINE static Left prepare(const E*, int64_t) { return {}; }
+};
+
+template <class E>
+struct PortableFloat : FloatRows<E> {
+    static Sums sums(const E* left, Nothing, const E* right, int64_t dim) {
         float lanes[16] = {};  // sixteen sums instead of one: the compiler can use vectors, and the error is smaller
         int64_t k = 0;
         for (; k + 16 <= dim; k += 16)
-            for (int lane = 0; lane < 16; ++lane) lanes[lane] += Widen(left[k + lane]) * Widen(right[k + lane]);
-        for (; k < dim; ++k) lanes[k & 15] += Widen(left[k]) * Widen(right[k]);
+            for (int lane = 0; lane < 16; ++lane) lanes[lane] += widen(left[k + lane]) * widen(right[k + lane]);
+        for (; k < dim; ++k) lanes[k & 15] += widen(left[k]) * widen(right[k]);
         for (int half = 8; half > 0; half /= 2)
             for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
         return {lanes[0], 1.0f};
     }
 };
-using PortableF32 = PortableFloat<float, from_float>;
-using PortableBf16 = PortableFloat<uint16_t, from_bf16>;
 
 #if FLIPKD_X86
 
@@ -159,33 +154,32 @@ AVX2 inline float sum_avx2(__m256 v) {
 
 struct Avx2Int8 {
     using Element = int8_t;
-    using Left = int32_t;
+    using Left = int32_t;  // |left|^2
     // int8 is widened to int16: the 8-bit multiply of AVX2 saturates.
     AVX2 static inline __m256i load(const Element* row) {
         return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row)));
     }
-    AVX2 static Left prepare(const Element* left, int64_t dim) {
-        __m256i square = _mm256_setzero_si256();
-        int64_t k = 0;
-        for (; k + 16 <= dim; k += 16) square = _mm256_add_epi32(square, _mm256_madd_epi16(load(left + k), load(left + k)));
-        int32_t sum = sum_avx2(square);
-        for (; k < dim; ++k) sum += left[k] * left[k];
-        return sum;
-    }
-    AVX2 static inline Sums sums(const Element* left, Left left_square, const Element* right, int64_t dim) {
-        __m256i dot = _mm256_setzero_si256(), square = _mm256_setzero_si256();
+    AVX2 static inline void add(const Element* left, const Element* right, int64_t dim, int32_t& dot, int32_t& square) {
+        __m256i dots = _mm256_setzero_si256(), squares = dots;
         int64_t k = 0;
         for (; k + 16 <= dim; k += 16) {
             const __m256i r = load(right + k);
-            dot = _mm256_add_epi32(dot, _mm256_madd_epi16(load(left + k), r));
-            square = _mm256_add_epi32(square, _mm256_madd_epi16(r, r));
+            dots = _mm256_add_epi32(dots, _mm256_madd_epi16(load(left + k), r));
+            squares = _mm256_add_epi32(squares, _mm256_madd_epi16(r, r));
         }
-        int32_t dot_sum = sum_avx2(dot), square_sum = sum_avx2(square);
-        for (; k < dim; ++k) {
-            dot_sum += left[k] * right[k];
-            square_sum += right[k] * right[k];
-        }
-        return int8_sums(dot_sum, left_square, square_sum);
+        dot = sum_avx2(dots);
+        square = sum_avx2(squares);
+        add_portable(left + k, right + k, dim - k, dot, square);
+    }
+    AVX2 static inline Left prepare(const Element* left, int64_t dim) {
+        int32_t dot, square;
+        add(left, left, dim, dot, square);
+        return square;
+    }
+    AVX2 static inline Sums sums(const Element* left, Left left_square, const Element* right, int64_t dim) {
+        int32_t dot, square;
+        add(left, right, dim, dot, square);
+        return int8_sums(dot, left_square, square);
     }
 };
 
@@ -195,12 +189,9 @@ AVX2 inline __m256 load_avx2(const uint16_t* row) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
 
-template <class E, float (*Widen)(E)>
-struct Avx2Float {
-    using Element = E;
-    using Left = Nothing;
-    AVX2 static Left prepare(const E*, int64_t) { return {}; }
-    AVX2 static inline Sums sums(const E* left, Left, const E* right, int64_t dim) {
+template <class E>
+struct Avx2Float : FloatRows<E> {
+    AVX2 static inline Sums sums(const E* left, Nothing, const E* right, int64_t dim) {
         __m256 even = _mm256_setzero_ps(), odd = _mm256_setzero_ps();  // two chains hide the latency of the multiply-add
         int64_t k = 0;
         for (; k + 16 <= dim; k += 16) {
@@ -208,12 +199,10 @@ struct Avx2Float {
             odd = _mm256_fmadd_ps(load_avx2(left + k + 8), load_avx2(right + k + 8), odd);
         }
         float sum = sum_avx2(_mm256_add_ps(even, odd));
-        for (; k < dim; ++k) sum += Widen(left[k]) * Widen(right[k]);
+        for (; k < dim; ++k) sum += widen(left[k]) * widen(right[k]);
         return {sum, 1.0f};
     }
 };
-using Avx2F32 = Avx2Float<float, from_float>;
-using Avx2Bf16 = Avx2Float<uint16_t, from_bf16>;
 
 INLINE uint64_t first(int64_t count) { return ~uint64_t{0} >> (64 - count); }  // a mask of `count` ones, 1..64
 
@@ -265,41 +254,26 @@ struct Avx512Int8 {
     }
 };
 
-AVX512 inline __m512 load_avx512(const float* row, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, row); }
-AVX512 inline __m512 load_avx512(const uint16_t* row, __mmask16 mask) {
-    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, row));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-}
-
-template <class E>
-struct Avx512Float {
-    using Element = E;
-    using Left = Nothing;
-    AVX512 static Left prepare(const E*, int64_t) { return {}; }
-    AVX512 static inline Sums sums(const E* left, Left, const E* right, int64_t dim) {
-        __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
+struct Avx512F32 : FloatRows<float> {
+    AVX512 static inline Sums sums(const Element* left, Nothing, const Element* right, int64_t dim) {
+        __m512 even = _mm512_setzero_ps(), odd = even;
         int64_t k = 0;
         for (; k + 32 <= dim; k += 32) {
-            even = _mm512_fmadd_ps(load_avx512(left + k, 0xFFFF), load_avx512(right + k, 0xFFFF), even);
-            odd = _mm512_fmadd_ps(load_avx512(left + k + 16, 0xFFFF), load_avx512(right + k + 16, 0xFFFF), odd);
+            even = _mm512_fmadd_ps(_mm512_loadu_ps(left + k), _mm512_loadu_ps(right + k), even);
+            odd = _mm512_fmadd_ps(_mm512_loadu_ps(left + k + 16), _mm512_loadu_ps(right + k + 16), odd);
         }
         for (; k < dim; k += 16) {
-            const __mmask16 mask = static_cast<__mmask16>(first(std::min<int64_t>(16, dim - k)));
-            even = _mm512_fmadd_ps(load_avx512(left + k, mask), load_avx512(right + k, mask), even);
+            const auto mask = static_cast<__mmask16>(first(std::min<int64_t>(16, dim - k)));
+            even = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, left + k), _mm512_maskz_loadu_ps(mask, right + k), even);
         }
         return {_mm512_reduce_add_ps(_mm512_add_ps(even, odd)), 1.0f};
     }
 };
-using Avx512F32 = Avx512Float<float>;
-using Avx512Bf16 = Avx512Float<uint16_t>;
 
-struct Avx512NativeBf16 {  // the multiply of two bf16 pairs: half the instructions of widening
-    using Element = uint16_t;
-    using Left = Nothing;
-    AVX512_BF16 static Left prepare(const Element*, int64_t) { return {}; }
+struct Avx512Bf16 : FloatRows<uint16_t> {  // multiplies bf16 as it is: half the instructions of widening
     AVX512_BF16 static inline __m512bh load(const Element* row) { return (__m512bh)_mm512_loadu_si512(row); }
-    AVX512_BF16 static inline Sums sums(const Element* left, Left, const Element* right, int64_t dim) {
-        __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
+    AVX512_BF16 static inline Sums sums(const Element* left, Nothing, const Element* right, int64_t dim) {
+        __m512 even = _mm512_setzero_ps(), odd = even;
         int64_t k = 0;
         for (; k + 64 <= dim; k += 64) {
             even = _mm512_dpbf16_ps(even, load(left + k), load(right + k));
@@ -324,8 +298,6 @@ INLINE void prefetch_row(const void* row, int64_t bytes) {
         __builtin_prefetch(reinterpret_cast<const void*>(line));
 }
 
-// Rows are asked for a burst at a time, all of the next burst before the arithmetic of this one: an out-of-order core
-// looks a few hundred instructions ahead, so requests side by side overlap their page-table walks, spread out they do not.
 INLINE int64_t pairs_ahead(int64_t row_bytes) {
     return std::max<int64_t>(1, std::min(MAX_AHEAD_PAIRS, AHEAD_BYTES / (2 * row_bytes)));
 }
@@ -383,25 +355,22 @@ INLINE void score_block(const Job& job, int64_t begin, int64_t end, int64_t know
 using BlockFunction = void (*)(const Job&, int64_t, int64_t, int64_t, float*);
 
 // The loop is inlined into a function that has the instruction set's target attribute, and so are the Rows functions.
-#define BLOCK_FUNCTION(NAME, TARGET, ROWS)                                                                     \
-    TARGET void NAME##_32(const Job& job, int64_t begin, int64_t end, int64_t known, float* out) {             \
-        score_block<ROWS, int32_t>(job, begin, end, known, out);                                               \
-    }                                                                                                          \
-    TARGET void NAME##_64(const Job& job, int64_t begin, int64_t end, int64_t known, float* out) {             \
-        score_block<ROWS, int64_t>(job, begin, end, known, out);                                               \
+#define BLOCK_FUNCTION(NAME, TARGET, ROWS)                                                                          \
+    template <class Index>                                                                                          \
+    TARGET void NAME(const Job& job, int64_t begin, int64_t end, int64_t known, float* out) {                       \
+        score_block<ROWS, Index>(job, begin, end, known, out);                                                      \
     }
 
-BLOCK_FUNCTION(portable_f32, , PortableF32)
-BLOCK_FUNCTION(portable_bf16, , PortableBf16)
+BLOCK_FUNCTION(portable_f32, , PortableFloat<float>)
+BLOCK_FUNCTION(portable_bf16, , PortableFloat<uint16_t>)
 BLOCK_FUNCTION(portable_int8, , PortableInt8)
 #if FLIPKD_X86
-BLOCK_FUNCTION(avx2_f32, AVX2, Avx2F32)
-BLOCK_FUNCTION(avx2_bf16, AVX2, Avx2Bf16)
+BLOCK_FUNCTION(avx2_f32, AVX2, Avx2Float<float>)
+BLOCK_FUNCTION(avx2_bf16, AVX2, Avx2Float<uint16_t>)
 BLOCK_FUNCTION(avx2_int8, AVX2, Avx2Int8)
 BLOCK_FUNCTION(avx512_f32, AVX512, Avx512F32)
-BLOCK_FUNCTION(avx512_bf16, AVX512, Avx512Bf16)
 BLOCK_FUNCTION(avx512_int8, AVX512, Avx512Int8)
-BLOCK_FUNCTION(avx512_native_bf16, AVX512_BF16, Avx512NativeBf16)
+BLOCK_FUNCTION(avx512_bf16, AVX512_BF16, Avx512Bf16)
 #endif
 
 int best_level() {
@@ -416,12 +385,12 @@ int best_level() {
 }
 
 BlockFunction choose(const Job& job) {
-#define EITHER(NAME) (job.index_bytes == 4 ? NAME##_32 : NAME##_64)
+#define EITHER(NAME) (job.index_bytes == 4 ? NAME<int32_t> : NAME<int64_t>)
 #define BY_DTYPE(F32, B16, I8) (job.dtype == FLOAT32 ? EITHER(F32) : job.dtype == BF16 ? EITHER(B16) : EITHER(I8))
     switch (std::min(job.level, best_level())) {
 #if FLIPKD_X86
-        case LEVEL_AVX512_BF16: return BY_DTYPE(avx512_f32, avx512_native_bf16, avx512_int8);
-        case LEVEL_AVX512: return BY_DTYPE(avx512_f32, avx512_bf16, avx512_int8);
+        case LEVEL_AVX512_BF16: return BY_DTYPE(avx512_f32, avx512_bf16, avx512_int8);
+        case LEVEL_AVX512: return BY_DTYPE(avx512_f32, avx2_bf16, avx512_int8);  // has no bf16 of its own
         case LEVEL_AVX2: return BY_DTYPE(avx2_f32, avx2_bf16, avx2_int8);
 #endif
         default: return BY_DTYPE(portable_f32, portable_bf16, portable_int8);
@@ -454,7 +423,7 @@ float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
 int64_t score_range(const Job& job, BlockFunction score, int64_t begin, int64_t end, int64_t* survivors) {
     const auto check = job.index_bytes == 4 ? find_bad<int32_t> : find_bad<int64_t>;
     float block[BLOCK_PAIRS];
-    int64_t kept = begin;
+    int64_t kept = begin, rated = begin;
     int64_t known = begin;  // indices are checked past the block's end, so that prefetching runs on over it
     *survivors = 0;
     for (int64_t from = begin; from < end; from += BLOCK_PAIRS) {
@@ -464,20 +433,14 @@ int64_t score_range(const Job& job, BlockFunction score, int64_t begin, int64_t 
         known = next;
         float* out = job.position ? block : job.score + from;
         score(job, from, to, known, out);
-        if (!job.position) {
-            if (job.probability)
-                for (int64_t p = from; p < to; ++p) job.probability[p] = sigmoid(job.slope * job.score[p] + job.offset);
-            kept = to;
-            continue;
+        for (int64_t p = from; job.position && p < to; ++p) {
+            if (!(block[p - from] >= job.min_score)) continue;  // NaN does not survive
+            job.score[kept] = block[p - from];
+            job.position[kept++] = p;
         }
-        for (int64_t p = from; p < to; ++p) {
-            const float value = block[p - from];
-            if (!(value >= job.min_score)) continue;  // NaN does not survive
-            job.score[kept] = value;
-            job.position[kept] = p;
-            if (job.probability) job.probability[kept] = sigmoid(job.slope * value + job.offset);
-            ++kept;
-        }
+        if (!job.position) kept = to;
+        for (; job.probability && rated < kept; ++rated)
+            job.probability[rated] = sigmoid(job.slope * job.score[rated] + job.offset);
     }
     *survivors = kept - begin;
     return -1;
@@ -554,11 +517,12 @@ EXPORT uint64_t flipkd_gather_read(const char* rows, int64_t row_bytes, const in
             }
             for (int64_t p = from; p < to; ++p)
                 for (const char* row : {rows + left[p] * row_bytes, rows + right[p] * row_bytes})
-                    for (int64_t k = 0; k + 8 <= row_bytes; k += 8) {
-                        uint64_t word;
-                        std::memcpy(&word, row + k, sizeof word);
-                        words[k / 8 & 7] ^= word;
-                    }
+                    for (int64_t k = 0; k + LINE_BYTES <= row_bytes; k += LINE_BYTES)
+                        for (int w = 0; w < 8; ++w) {  // one vector of eight sums, or four of two
+                            uint64_t word;
+                            std::memcpy(&word, row + k + 8 * w, sizeof word);
+                            words[w] ^= word;
+                        }
         }
         for (const uint64_t word : words) total ^= word;
     });

@@ -1,0 +1,184 @@
+"""Write files so that a reader sees all of one or nothing, and nobody else reads them.
+
+A *commit* is the rename of a hidden temporary file to its final name; on an object store it is the one PUT that closes
+an upload. Local files are flushed to the disk first, and have mode 0600 in folders of mode 0700.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import posixpath
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from flipkd.data.location import Location, reason
+from flipkd.errors import InputError, OutputError
+
+TEMPORARY_SUFFIX = ".tmp"
+
+
+class ShardWriter:
+    """Writes one output shard under a hidden temporary name and publishes it on ``commit``.
+
+    Used as a context manager: leaving it without ``commit`` removes the temporary file.
+
+    Args:
+        root: the output folder.
+        name: final name below it.
+        schema: Arrow schema of the rows.
+        metadata: key-value pairs for the Parquet footer.
+        options: further keyword arguments of ``pyarrow.parquet.ParquetWriter``.
+    """
+
+    def __init__(
+        self, root: Location, name: str, schema: pa.Schema, metadata: dict[str, str], options: dict[str, Any]
+    ) -> None:
+        self._final = root.child(name)
+        folder, base = posixpath.split(self._final.path)
+        temporary = posixpath.join(folder, f".{base}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
+        # An object store shows a key only when its upload is closed, so the final name itself is written there.
+        self._path = temporary if root.is_local else self._final.path
+        self._local = root.is_local
+        self._closed = False
+        try:
+            with writing(self._final.uri):
+                if self._local:
+                    make_private_folder(folder)
+                    os.close(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+                self._sink = root.filesystem.open_output_stream(self._path)
+                self._writer = pq.ParquetWriter(self._sink, schema, **options)
+                self._writer.add_key_value_metadata(metadata)
+        except BaseException:
+            self._remove()
+            raise
+
+    def write(self, table: pa.Table, row_group_rows: int | None = None) -> None:
+        """Appends rows; each call starts a new row group (or several of at most ``row_group_rows``)."""
+        with writing(self._final.uri):
+            self._writer.write_table(table, row_group_size=row_group_rows)
+
+    def add_metadata(self, metadata: dict[str, str]) -> None:
+        """Adds key-value pairs to the footer."""
+        self._writer.add_key_value_metadata(metadata)
+
+    def commit(self) -> None:
+        """Flushes to the disk and renames; after this the shard is there, whole."""
+        with writing(self._final.uri):
+            self._writer.close()
+            self._sink.close()
+            if self._local:
+                sync(self._path)
+                os.replace(self._path, self._final.path)
+                sync(os.path.dirname(self._final.path))
+        self._closed = True
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._closed:
+            return
+        if not self._local:
+            # Closing would publish half an object: the upload is given up instead.
+            abort = getattr(self._sink, "abort", None)
+            if abort is not None:
+                with contextlib.suppress(OSError):
+                    abort()
+            return
+        with contextlib.suppress(OSError, pa.ArrowException):
+            self._writer.close()
+            self._sink.close()
+        self._remove()
+
+    def _remove(self) -> None:
+        if self._local:
+            with contextlib.suppress(OSError):
+                Path(self._path).unlink()
+
+
+@contextlib.contextmanager
+def writing(target: str) -> Iterator[None]:
+    """Turns errors of the operating system while writing ``target`` into an OutputError that names it."""
+    try:
+        yield
+    except OSError as error:
+        hint = "free some space and run again, finished units are kept" if error.errno == errno.ENOSPC else "run again"
+        raise OutputError(f"cannot write {target}: {reason(error)}; {hint}") from error
+
+
+def make_private_folder(path: str) -> None:
+    """Makes a local folder and its parents; new ones get mode 0700."""
+    Path(path).mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+def sync(path: str) -> None:
+    """Waits until a local file or folder is on the disk, so that a power cut cannot empty a committed name."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_options(schema: pa.Schema) -> dict[str, Any]:
+    """How scores are written: chosen by measurement for speed at a sane size (``benchmarks/score.py``).
+
+    Ids hardly repeat within a row group and scores never do, so a dictionary is tried for nothing there.
+    """
+    words = [
+        field.name
+        for field in schema
+        if field.name == "reason" or pa.types.is_dictionary(field.type) or pa.types.is_boolean(field.type)
+    ]
+    return {"compression": "lz4", "use_dictionary": words or False, "write_statistics": False}
+
+
+def write_json(root: Location, name: str, values: Mapping[str, Any]) -> None:
+    """Writes a JSON file in one step (hidden temporary file and rename on a local disk, one PUT elsewhere)."""
+    target = root.child(name)
+    data = (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
+    if root.is_local:
+        _write_private_file(target.path, data)
+        return
+    with writing(target.uri), root.filesystem.open_output_stream(target.path) as sink:
+        sink.write(data)
+
+
+def _write_private_file(path: str, data: bytes) -> None:
+    """Writes a local file of mode 0600 under a hidden name, flushes it and renames it."""
+    with writing(path):
+        folder, base = os.path.split(path)
+        make_private_folder(folder)
+        temporary = os.path.join(folder, f".{base}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "wb") as sink:
+            sink.write(data)
+            sink.flush()
+            os.fsync(descriptor)
+        os.replace(temporary, path)
+        sync(folder)
+
+
+def read_json(root: Location, name: str) -> dict[str, Any] | None:
+    """Reads a JSON file of flipkd's; None when it is not there.
+
+    Raises:
+        InputError: it is there and is not JSON.
+    """
+    target = root.child(name)
+    try:
+        with root.filesystem.open_input_stream(target.path) as source:
+            values: dict[str, Any] = json.loads(source.read())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {target.uri}: {type(error).__name__}") from error
+    return values

@@ -1,0 +1,73 @@
+"""Where files are: a local path, or a URL of any filesystem that pyarrow or fsspec knows."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import urllib.parse
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from flipkd.errors import ConfigError
+
+# Native pyarrow filesystems; every other scheme goes through fsspec.
+_ARROW_SCHEMES = ("file", "s3", "gs", "gcs", "hdfs")
+
+
+@dataclass(frozen=True)
+class Location:
+    """A folder or file on some filesystem.
+
+    Args:
+        uri: as the user gave it (made absolute when local), so that another process can open it again.
+        path: the path that ``filesystem`` knows.
+        filesystem: a pyarrow filesystem.
+    """
+
+    uri: str
+    path: str
+    filesystem: pafs.FileSystem
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the files can be mapped and renamed by the operating system."""
+        return isinstance(self.filesystem, pafs.LocalFileSystem)
+
+    def child(self, name: str) -> Location:
+        """The location of ``name`` below this one."""
+        return Location(f"{self.uri.rstrip('/')}/{name}", posixpath.join(self.path, name), self.filesystem)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (open_location, (self.uri,))
+
+
+def open_location(uri: str | os.PathLike[str]) -> Location:
+    """Opens a local path or a URI such as ``s3://bucket/folder``.
+
+    Raises:
+        ConfigError: the scheme is not known, or its fsspec package is not installed.
+    """
+    text = os.fspath(uri)
+    scheme = text.split("://", 1)[0].lower() if "://" in text else ""
+    if scheme in ("", "file"):
+        path = os.path.abspath(urllib.parse.unquote(text[len("file://") :]) if scheme else text)
+        return Location(path, path, pafs.LocalFileSystem())
+    try:
+        if scheme in _ARROW_SCHEMES:
+            filesystem, path = pafs.FileSystem.from_uri(text)
+            return Location(text, path, filesystem)
+        import fsspec
+
+        remote, path = fsspec.core.url_to_fs(text)
+        return Location(text, path, pafs.PyFileSystem(pafs.FSSpecHandler(remote)))
+    except (ValueError, ImportError, pa.ArrowException) as error:
+        raise ConfigError(f"cannot open the location {text!r}: {error}") from error
+
+
+def reason(error: BaseException) -> str:
+    """One line that says why, without what an exception may quote of the data."""
+    number = getattr(error, "errno", None)
+    return os.strerror(number) if number else str(error).split("\n")[0]

@@ -1,0 +1,205 @@
+"""Plan a ``score``: read footers and headers, decide everything, start nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from flipkd.config import EncodeConfig, ScoreConfig
+from flipkd.data.commit import read_json
+from flipkd.data.location import Location, open_location
+from flipkd.data.shards import ShardReader, find_shards
+from flipkd.errors import ConfigError
+from flipkd.run.encode import (
+    PARTS,
+    STORE_FILE,
+    EncodePlan,
+    check_schema,
+    encoder_fingerprint,
+    plan_encode,
+)
+from flipkd.run.job import Job
+from flipkd.run.manifest import WORK_FOLDER
+from flipkd.run.output import refuse_overlap
+from flipkd.run.score import ScoreTask, ScoreWorker, output_columns
+from flipkd.run.units import Plan, fingerprint, plan_units
+
+
+@dataclass(frozen=True)
+class ScorePlan:
+    """A planned ``score``.
+
+    Args:
+        config: what was asked for.
+        encodes: stores to build first, left then right, from record tables; empty otherwise.
+        stores: folders of the left and right stores; the second is None when one store serves both sides.
+        task: what a worker scores with.
+        job: the score job over the pairs.
+    """
+
+    config: ScoreConfig
+    encodes: list[EncodePlan]
+    task: ScoreTask
+    job: Job
+
+
+def plan_score(config: ScoreConfig) -> ScorePlan:
+    """Reads footers and headers and decides everything, without starting any work.
+
+    Raises:
+        ConfigError: an option or a column cannot be used.
+        InputError: an input cannot be read.
+    """
+    pairs, output = open_location(config.pairs), open_location(config.output)
+    inputs = [("--pairs", config.pairs), ("--records", config.records), ("--right-records", config.right_records)]
+    inputs += [("--store", config.store), ("--right-store", config.right_store)]
+    refuse_overlap(output, [(option, open_location(uri)) for option, uri in inputs if uri is not None])
+    calibration = None if config.calibration is None else read_calibration(config.calibration)
+    shards = find_shards(pairs)
+
+    encodes: list[EncodePlan] = []
+    source: Mapping[str, Any]
+    store, right_store = config.store, config.right_store
+    if config.store is not None:
+        source = {"stores": [store_fingerprint(path) for path in (store, right_store) if path is not None]}
+    elif config.records is not None:
+        encodes = [plan_encode(_encode_config(config, path)) for path in _record_tables(config)]
+        encodes = [replace(plan, config=replace(plan.config, output=_store_folder(config, plan))) for plan in encodes]
+        source = {"stores": [plan.fingerprint for plan in encodes]}
+        store = encodes[0].config.output
+        right_store = encodes[1].config.output if len(encodes) > 1 else None
+    else:
+        assert config.encoder is not None
+        source = {"inline": encoder_fingerprint(config.encoder), "dtype": config.dtype}
+    run_fingerprint = fingerprint(
+        {
+            "kind": "score",
+            "format": 1,
+            "source": source,
+            "pair_columns": config.pair_columns,
+            "columns": config.columns,
+            "calibration": calibration,
+            "threshold": config.threshold,
+            "min_score": config.min_score,
+            "top_k": config.top_k,
+            "rows_per_unit": config.rows_per_unit,
+        }
+    )
+    skip = config.run.on_bad_shard == "skip"
+    plan = plan_units(pairs, shards, config.rows_per_unit, run_fingerprint, skip_bad_shards=skip)
+    check_schema(pairs, plan, config.pair_columns)
+    if config.is_inline:
+        store = work_folder(config, plan, run_fingerprint).child("store").path
+    assert store is not None
+    task = ScoreTask(
+        pairs=pairs,
+        output=output,
+        run_fingerprint=run_fingerprint,
+        store=store,
+        right_store=right_store,
+        pair_columns=config.pair_columns,
+        digest_key=bytes.fromhex(run_fingerprint) if config.is_inline else None,
+        columns=config.columns,
+        calibration=calibration,
+        threshold=config.threshold,
+        min_score=config.min_score,
+    )
+    _check_output_columns(task, pairs, plan)
+    job = Job(
+        kind="score",
+        output=output,
+        plan=plan,
+        fingerprint=run_fingerprint,
+        make_worker=partial(ScoreWorker, task),
+        run=config.run,
+        unit_name="pairs",
+        uses_model=False,
+        output_bytes=_output_bytes(config, plan),
+        about={"columns": list(config.columns) if config.columns else None},
+    )
+    return ScorePlan(config, encodes, task, job)
+
+
+def store_fingerprint(path: str) -> str:
+    """Fingerprint of a finished store.
+
+    Raises:
+        ConfigError: the folder holds none.
+    """
+    location = open_location(path)
+    header = read_json(location, STORE_FILE) if location.is_local else None
+    if header is None:
+        unfinished = read_json(location, f"{PARTS}/{WORK_FOLDER}/plan.json") if location.is_local else None
+        hint = "it is not finished: run encode again" if unfinished else "make one with flipkd-batch encode"
+        raise ConfigError(f"{path} holds no vector store; {hint}")
+    return str(header["fingerprint"])
+
+
+def read_calibration(path: str) -> tuple[float, float]:
+    """Slope and intercept from a calibration file.
+
+    Raises:
+        ConfigError: the file cannot be read, or has no finite ``slope`` and ``intercept``.
+    """
+    try:
+        values = json.loads(Path(path).read_text())
+        slope, intercept = float(values["slope"]), float(values["intercept"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"--calibration {path}: expected a JSON object with numbers 'slope' and 'intercept'"
+        ) from error
+    if not (abs(slope) < float("inf") and abs(intercept) < float("inf")):
+        raise ConfigError(f"--calibration {path}: 'slope' and 'intercept' must be finite")
+    return slope, intercept
+
+
+def _record_tables(config: ScoreConfig) -> list[str]:
+    assert config.records is not None
+    return [config.records] if config.right_records is None else [config.records, config.right_records]
+
+
+def _encode_config(config: ScoreConfig, records: str) -> EncodeConfig:
+    assert config.encoder is not None
+    return EncodeConfig(
+        encoder=config.encoder,
+        records=records,
+        output="",
+        id_column=config.id_column,
+        text_column=config.text_column,
+        template=config.template,
+        dtype=config.dtype,
+        run=config.run,
+    )
+
+
+def _store_folder(config: ScoreConfig, plan: EncodePlan) -> str:
+    root = open_location(config.cache) if config.cache else open_location(config.output).child(WORK_FOLDER)
+    if not root.is_local:
+        raise ConfigError("a vector store is mapped into memory: name a local folder for it with --cache")
+    return root.child(f"store-{plan.fingerprint[:16]}").path
+
+
+def work_folder(config: ScoreConfig, plan: Plan, run_fingerprint: str) -> Location:
+    """Of one run over one input, so that work for another input is never taken for this one's."""
+    own = fingerprint({"run": run_fingerprint, "units": [unit.fingerprint for unit in plan.units]})
+    root = open_location(config.cache) if config.cache else open_location(config.output).child(WORK_FOLDER)
+    if not root.is_local:
+        raise ConfigError("a vector store is mapped into memory: name a local folder for it with --cache")
+    return root.child(f"work-{own[:16]}")
+
+
+def _check_output_columns(task: ScoreTask, pairs: Location, plan: Plan) -> None:
+    if plan.units:
+        with ShardReader(pairs, plan.units[0].shard) as reader:
+            output_columns(task, reader.schema.names)
+
+
+def _output_bytes(config: ScoreConfig, plan: Plan) -> int:
+    if config.min_score is not None or config.top_k is not None:
+        return 0  # how many pairs survive is not known beforehand
+    passes = config.columns is None or any(name in config.pair_columns for name in config.columns)
+    return 5 * plan.rows + (plan.bytes_in if passes else 0)

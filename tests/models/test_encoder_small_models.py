@@ -1,0 +1,240 @@
+"""Architectures, poolings and settings that the real model does not have, on tiny random models."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules.dense import Dense
+from sentence_transformers.base.modules.normalize import Normalize
+from tokenizers import Tokenizer
+from torch import nn
+
+from flipkd.errors import ModelError
+from flipkd.models.encoder import Encoder, load_encoder
+from flipkd.models.tokens import TextTokenizer
+
+from .conftest import MakeFolder, wrapped
+
+TEXTS = [
+    "Cholera due to vibrio cholerae",
+    "a",
+    "Typhoid fever with heart involvement, unspecified, initial encounter; late effect of injury",
+    "Paratyphoid fever A",
+    "b",
+    "fièvre jaune 😀 糖尿病",
+    "x y z " * 60,
+]
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def assert_equals_peer(folder: Path, texts: list[str] = TEXTS, **options: Any) -> Encoder:
+    """Same vectors as sentence-transformers gives for each text alone, so that its padding plays no part."""
+    peer = SentenceTransformer(str(folder), device="cpu")
+    if peer.tokenizer.pad_token is None:
+        peer.tokenizer.pad_token = "<pad>"  # it asks for one even where there is nothing to pad; we do not
+    expected = np.stack([np.asarray(peer.encode(text)) for text in texts])
+    encoder = load_encoder(folder, **options)
+    vectors = encoder.encode(texts, normalize=False).vectors
+    assert vectors.shape == expected.shape
+    assert encoder.dim == expected.shape[1]
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(vectors / scale, expected / scale, atol=1e-5)
+    # The test itself must be able to fail: the vectors of different texts must differ.
+    assert np.abs(expected[0] / scale - expected[3] / scale).max() > 1e-3
+    return encoder
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("pad_token", [None, "<pad>"])
+def test_decoder_with_last_token_pooling(
+    make_folder: MakeFolder, small_vocabulary: Tokenizer, kind: str, padding_side: str, pad_token: str | None
+) -> None:
+    tokenizer = wrapped(small_vocabulary, padding_side=padding_side, pad_token=pad_token)
+    folder = make_folder(
+        kind, tokenizer, "lasttoken", [Dense(32, 12, bias=False, activation_function=nn.Identity()), Normalize()]
+    )
+    encoder = assert_equals_peer(folder)
+    together = encoder.encode(TEXTS).vectors
+    for place, text in enumerate(TEXTS):
+        np.testing.assert_allclose(encoder.encode([text]).vectors[0], together[place], atol=1e-5)
+    if pad_token:  # and what sentence-transformers gives when it pads them all together
+        peer = SentenceTransformer(str(folder), device="cpu")
+        np.testing.assert_allclose(together, np.asarray(peer.encode(TEXTS)), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "pooling",
+    ["cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken", ("cls", "mean", "max")],
+    ids=str,
+)
+def test_every_pooling(make_folder: MakeFolder, small_vocabulary: Tokenizer, pooling: str | tuple[str, ...]) -> None:
+    tokenizer = wrapped(small_vocabulary, begins=True, ends=True, pad_token="<pad>")
+    assert_equals_peer(make_folder("bert", tokenizer, pooling))
+
+
+@pytest.mark.parametrize("activation", [nn.Tanh(), nn.ReLU(), nn.GELU(), nn.Identity()], ids=lambda a: type(a).__name__)
+@pytest.mark.parametrize("bias", [True, False])
+def test_dense(make_folder: MakeFolder, small_vocabulary: Tokenizer, activation: nn.Module, bias: bool) -> None:
+    torch.manual_seed(1)
+    steps = [Dense(32, 20, bias=bias, activation_function=activation), Dense(20, 20, use_residual=True), Normalize()]
+    folder = make_folder("bert", wrapped(small_vocabulary, ends=True, pad_token="<pad>"), "mean", steps)
+    assert_equals_peer(folder)
+
+
+def test_positions_that_start_after_the_pad_id(make_folder: MakeFolder, small_vocabulary: Tokenizer) -> None:
+    tokenizer = wrapped(small_vocabulary, begins=True, ends=True, pad_token="<|im_start|>", model_max_length=512)
+    encoder = assert_equals_peer(make_folder("roberta", tokenizer, "mean"), TEXTS[:6])
+    assert encoder.max_length == 126  # 128 positions, two of them unused
+    assert encoder.encode(["word " * 600]).truncated.all()
+
+
+def test_truncated_dimension_and_lower_case(make_folder: MakeFolder, small_vocabulary: Tokenizer) -> None:
+    tokenizer = wrapped(small_vocabulary, ends=True, pad_token="<pad>")
+    folder = make_folder("bert", tokenizer, "mean", transformer={"do_lower_case": True}, truncate_dim=8)
+    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 20, "do_lower_case": True}))
+    encoder = assert_equals_peer(folder)
+    assert (encoder.dim, encoder.max_length) == (8, 20)
+    lower, upper = encoder.encode(["FEVER of unknown origin", "fever of unknown origin"]).vectors
+    np.testing.assert_array_equal(lower, upper)
+
+
+@pytest.mark.parametrize("include_prompt", [True, False])
+def test_default_prompt(make_folder: MakeFolder, small_vocabulary: Tokenizer, include_prompt: bool) -> None:
+    tokenizer = wrapped(small_vocabulary, begins=True, ends=True, pad_token="<pad>")
+    folder = make_folder(
+        "bert", tokenizer, "mean", prompts={"query": "diagnosis: ", "other": "x"}, default_prompt_name="query"
+    )
+    pooling = folder / "1_Pooling" / "config.json"
+    pooling.write_text(json.dumps({**json.loads(pooling.read_text()), "include_prompt": include_prompt}))
+    encoder = assert_equals_peer(folder, [text for text in TEXTS if not text.startswith(" ")])
+    smuggled = encoder.encode(["a</s>b", "a<s>b"])
+    assert smuggled.tokens[0] > encoder.encode(["ab"]).tokens[0] + 1
+
+
+@pytest.mark.parametrize("message", [True, False])
+def test_chat_template_is_applied_only_where_the_folder_asks(
+    make_folder: MakeFolder, small_vocabulary: Tokenizer, message: bool
+) -> None:
+    tokenizer = wrapped(small_vocabulary, pad_token="<pad>", model_max_length=40)
+    tokenizer.chat_template = TEMPLATE
+    folder = make_folder("llama", tokenizer, "lasttoken")
+    file = folder / "sentence_bert_config.json"
+    settings = json.loads(file.read_text())
+    assert "message" in settings["modality_config"]  # sentence-transformers 6 saw the template and wraps every text
+    if not message:
+        del settings["modality_config"]["message"]
+        file.write_text(json.dumps(settings))
+    encoder = assert_equals_peer(folder)
+    plain = len(small_vocabulary.encode("fever").ids)
+    assert (encoder.encode(["fever"]).tokens[0] > plain) == message
+    assert encoder.encode(["fever " * 100]).truncated.all()
+
+
+def test_special_tokens_in_a_text_stay_text_inside_a_chat_template(
+    make_folder: MakeFolder, small_vocabulary: Tokenizer
+) -> None:
+    tokenizer = wrapped(small_vocabulary, pad_token="<pad>")
+    tokenizer.chat_template = TEMPLATE
+    encoder = load_encoder(make_folder("llama", tokenizer, "lasttoken"))
+    around = int(encoder.encode([""]).tokens[0])
+    body = len(small_vocabulary.encode("<|im_", add_special_tokens=False).ids)
+    encoded = encoder.encode(["<|im_end|>", "<|endoftext|>"])
+    assert (encoded.tokens > around + 3).all()
+    assert body > 1
+
+
+def test_template_that_changes_the_text_is_refused(make_folder: MakeFolder, small_vocabulary: Tokenizer) -> None:
+    tokenizer = wrapped(small_vocabulary, pad_token="<pad>")
+    tokenizer.chat_template = "{{ messages[0]['content'] | upper }}"
+    with pytest.raises(ModelError, match="chat template"):
+        load_encoder(make_folder("llama", tokenizer, "lasttoken"))
+
+
+def test_text_without_tokens_is_the_zero_vector(make_folder: MakeFolder, small_vocabulary: Tokenizer) -> None:
+    encoder = load_encoder(make_folder("llama", wrapped(small_vocabulary), "lasttoken"))
+    encoded = encoder.encode(["", "a", ""])
+    assert encoded.tokens.tolist() == [0, 1, 0]
+    assert not encoded.vectors[[0, 2]].any()
+    assert np.isfinite(encoded.vectors).all()
+
+
+def test_vectors_are_unit_length_unless_asked_otherwise(make_folder: MakeFolder, small_vocabulary: Tokenizer) -> None:
+    encoder = load_encoder(make_folder("llama", wrapped(small_vocabulary), "mean"))
+    raw = encoder.encode(TEXTS, normalize=False).vectors
+    unit = encoder.encode(TEXTS).vectors
+    np.testing.assert_allclose(np.linalg.norm(unit, axis=1), 1.0, atol=1e-6)
+    np.testing.assert_allclose(raw / np.linalg.norm(raw, axis=1, keepdims=True), unit, atol=1e-6)
+    assert np.abs(np.linalg.norm(raw, axis=1) - 1).max() > 0.1
+
+
+def test_short_and_long_texts_together_are_finite_in_bf16(make_folder: MakeFolder, small_vocabulary: Tokenizer) -> None:
+    tokenizer = wrapped(small_vocabulary, pad_token="<pad>", model_max_length=1024)
+    folder = make_folder("qwen2", tokenizer, "lasttoken", [Normalize()])
+    texts = ["ab", "fever of unknown origin " * 60]
+    exact, encoder = load_encoder(folder, max_length=700), load_encoder(folder, dtype="bf16", max_length=700)
+    encoded = encoder.encode(texts)
+    assert encoded.tokens.max() > 300
+    assert np.isfinite(encoded.vectors).all()
+    assert (encoded.vectors * exact.encode(texts).vectors).sum(1).min() > 0.99
+
+
+def _encoder_of(small_vocabulary: Tokenizer, model: Any, exact: Any) -> Encoder:
+    return Encoder(
+        tokenizer=TextTokenizer(small_vocabulary, max_length=16),
+        model=model,
+        exact_model=exact,
+        dim=3,
+        max_length=16,
+        dtype="bf16",
+        device=torch.device("cpu"),
+        fingerprint="",
+    )
+
+
+def test_a_batch_that_is_not_finite_is_computed_again_in_float32(small_vocabulary: Tokenizer) -> None:
+    calls: list[tuple[int, ...]] = []
+
+    def overflows(ids: torch.Tensor) -> torch.Tensor:
+        vectors = torch.ones(ids.shape[0], 3)
+        if ids.shape[1] > 1:
+            vectors[-1, 0] = float("nan")
+        return vectors
+
+    def exact(ids: torch.Tensor) -> torch.Tensor:
+        calls.append(tuple(ids.shape))
+        return torch.full((ids.shape[0], 3), 2.0)
+
+    vectors = _encoder_of(small_vocabulary, overflows, exact).encode(["a", "a fever", "b"], normalize=False).vectors
+    np.testing.assert_array_equal(vectors, [[1, 1, 1], [2, 2, 2], [1, 1, 1]])
+    assert len(calls) == 1
+
+
+def test_numbers_that_stay_not_finite_are_an_error_with_places_and_no_text(small_vocabulary: Tokenizer) -> None:
+    def broken(ids: torch.Tensor) -> torch.Tensor:
+        return torch.full((ids.shape[0], 3), float("inf" if ids.shape[1] > 1 else "0"))
+
+    encoder = _encoder_of(small_vocabulary, broken, broken)
+    with pytest.raises(ModelError, match=r"for 2 of the texts \(places 1, 3\)") as caught:
+        encoder.encode(["a", "a secret fever", "b", "a secret fever"])
+    assert "secret" not in str(caught.value)
+
+
+def test_composed_and_decomposed_forms_differ_unless_normalised(
+    make_folder: MakeFolder, small_vocabulary: Tokenizer
+) -> None:
+    encoder = load_encoder(make_folder("llama", wrapped(small_vocabulary), "mean"))
+    composed, decomposed = "Nguyễn Văn Đức", unicodedata.normalize("NFD", "Nguyễn Văn Đức")
+    first, second, third = encoder.encode([composed, decomposed, unicodedata.normalize("NFC", decomposed)]).vectors
+    np.testing.assert_array_equal(first, third)
+    assert np.abs(first - second).max() > 1e-3
