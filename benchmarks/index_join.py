@@ -24,7 +24,7 @@ os.environ["POLARS_MAX_THREADS"] = str(THREADS)  # read when polars is imported
 
 import duckdb  # noqa: E402
 import numpy as np  # noqa: E402
-import pandas as pd  # type: ignore[import-untyped]  # noqa: E402
+import pandas as pd  # noqa: E402
 import polars as pl  # noqa: E402
 import pyarrow as pa  # noqa: E402
 import pyarrow.compute as pc  # noqa: E402

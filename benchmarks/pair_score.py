@@ -142,12 +142,13 @@ def main() -> int:
         for order, indices in orders.items():
             functions[f"flipkd {dtype} {order}"] = partial(pair_score, table, table, *indices, threads=threads)
     left, right = orders["random"]
-    some_reads = {
+    some_reads: dict[Any, Callable[[], Any]] = {
         (ahead, burst): partial(gather_read, tables["int8"], left[:few], right[:few], ahead, burst, threads)
         for ahead, burst in _READS
     }
     best_read = best_of(some_reads, 3)
-    functions["read only int8 random"] = partial(gather_read, tables["int8"], left, right, *best_read, threads)
+    ahead, burst = best_read
+    functions["read only int8 random"] = partial(gather_read, tables["int8"], left, right, ahead, burst, threads)
 
     seconds = {name: statistics.median(times) for name, times in interleave(functions, rounds).items()}
     rows = []

@@ -152,7 +152,7 @@ class TorchScorer:
     """The peer's actor: float32 vectors mapped from disk, an id index, cosines in PyTorch."""
 
     def __init__(self, folder: str, columns: Sequence[str], block_rows: int) -> None:
-        import pandas as pd  # type: ignore[import-untyped]
+        import pandas as pd
         import torch
 
         torch.set_num_threads(1)  # one thread an actor; two actors were faster than one with two threads

@@ -215,7 +215,7 @@ def demo(output: Path, quick: bool, as_json: bool, log_level: str) -> None:
     _logging(log_level)
     from flipkd.demo import run_demo
 
-    result = run_demo(output, quick)
+    result = run_demo(output, quick, echo=None if as_json else click.echo)
     if as_json:
         _print(result, as_json)
 

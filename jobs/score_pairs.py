@@ -5,7 +5,7 @@ Input: Parquet pairs (``left_id``, ``right_id`` into record tables, or ``left_te
 Output: one Parquet file per work unit, rows in input order: the input columns, ``score`` (float32, cosine of the two
 vectors, -1 to 1; null with a ``reason``), ``truncated``; and ``_manifest.json``.
 
-    ray job submit --working-dir . -- python jobs/score_pairs.py --encoder DIR --records PATH --pairs PATH --output PATH
+    ray job submit --working-dir jobs -- python score_pairs.py --encoder DIR --records PATH --pairs PATH --output PATH
 
 Takes every option of ``flipkd-batch score``; ``--ray auto`` (the cluster that runs the job) unless another is given.
 """

@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from flipkd.data.location import Location, reason
 from flipkd.errors import InputError, OutputError
 
 TEMPORARY_SUFFIX = ".tmp"
+_MOST_DELTA_BITS = 40
 
 
 class ShardWriter:
@@ -128,17 +130,37 @@ def sync(path: str) -> None:
         os.close(descriptor)
 
 
-def write_options(schema: pa.Schema) -> dict[str, Any]:
-    """How scores are written: chosen by measurement for speed at a sane size (``benchmarks/score.py``).
+def write_options(first: pa.Table) -> dict[str, Any]:
+    """How scores are written: chosen by measurement for speed at a sane size (see the README).
 
-    Ids hardly repeat within a row group and scores never do, so a dictionary is tried for nothing there.
+    Integers as differences (delta encoding) where they span less than 40 bits: record ids do not repeat enough for a
+    dictionary, and wider ones do not shrink. Scores hardly compress at all. Statistics would put ids into footers.
+
+    Args:
+        first: the first rows of the file.
     """
-    words = [
-        field.name
-        for field in schema
-        if field.name == "reason" or pa.types.is_dictionary(field.type) or pa.types.is_boolean(field.type)
-    ]
-    return {"compression": "lz4", "use_dictionary": words or False, "write_statistics": False}
+    encodings, codecs, words = {}, {}, []
+    for field in first.schema:
+        codecs[field.name] = "lz4"
+        if pa.types.is_floating(field.type):
+            codecs[field.name] = "none"
+        elif pa.types.is_integer(field.type) and _bits(first.column(field.name)) < _MOST_DELTA_BITS:
+            encodings[field.name] = "DELTA_BINARY_PACKED"
+        elif field.name == "reason" or pa.types.is_dictionary(field.type) or pa.types.is_boolean(field.type):
+            words.append(field.name)
+    nested = any(pa.types.is_nested(field.type) for field in first.schema)
+    return {
+        "compression": "lz4" if nested else codecs,
+        "use_dictionary": words or False,
+        "column_encoding": encodings or None,
+        "write_statistics": False,
+    }
+
+
+def _bits(column: pa.ChunkedArray) -> int:
+    bounds = pc.min_max(column)
+    low, high = bounds["min"].as_py(), bounds["max"].as_py()
+    return 0 if low is None else (high - low).bit_length()
 
 
 def write_json(root: Location, name: str, values: Mapping[str, Any]) -> None:

@@ -17,10 +17,12 @@ from typing import Any
 import pyarrow.fs as pafs
 
 from flipkd.config import RunOptions
+from flipkd.data.commit import read_json, write_json
 from flipkd.data.location import Location
 from flipkd.errors import ClusterError, ConfigError, FlipkdError
 from flipkd.run.local import UnitFunction, attempt
-from flipkd.run.manifest import UnitReport, read_reports
+from flipkd.run.manifest import WORK_FOLDER, UnitReport, read_reports
+from flipkd.run.output import remove_folder
 from flipkd.run.units import WorkUnit
 
 try:
@@ -32,30 +34,56 @@ except ImportError as missing:
 
 logger = logging.getLogger(__name__)
 
+TRIES = f"{WORK_FOLDER}/tries"
+
 
 class _UnitActor:
     """Lives in a Ray worker: loads once, then runs one unit a call."""
 
     def __init__(
-        self, make_worker: Callable[[int], UnitFunction], threads: int, output: Location, skip_bad_shards: bool
+        self,
+        make_worker: Callable[[int], UnitFunction],
+        threads: int,
+        output: Location,
+        max_retries: int,
+        skip_bad_shards: bool,
     ) -> None:
         self._worker = make_worker(threads)
-        self._output, self._skip = output, skip_bad_shards
+        self._output, self._max_retries, self._skip = output, max_retries, skip_bad_shards
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[bytes]]:
         results: list[UnitReport | FlipkdError] = []
         for item in batch["unit"]:
             unit: WorkUnit = pickle.loads(item)
-            path = self._output.child(unit.output).path
             try:
-                if self._output.filesystem.get_file_info(path).type == pafs.FileType.File:
-                    results += read_reports(self._output, [unit.output])
-                else:
-                    results.append(attempt(self._worker, unit, self._skip))
+                results.append(self._run(unit))
             except FlipkdError as error:
                 # Sent as a value: raised here it would come back wrapped in a traceback of Ray's.
                 results.append(error)
         return {"result": [pickle.dumps(result) for result in results]}
+
+    def _run(self, unit: WorkUnit) -> UnitReport:
+        path = self._output.child(unit.output).path
+        if self._output.filesystem.get_file_info(path).type == pafs.FileType.File:
+            return read_reports(self._output, [unit.output])[0]
+        # Ray counts the deaths of an actor, not those that a unit caused, and an actor may die often in a long job on
+        # machines that come and go. So each start of a unit is noted; the note goes when the unit ends.
+        note = f"{TRIES}/{unit.fingerprint}.json"
+        tries = (read_json(self._output, note) or {"tries": 0})["tries"]
+        if tries > self._max_retries:
+            error = ClusterError(
+                f"the worker died {tries} times, more than --max-retries {self._max_retries} allows, at "
+                f"{unit.shard.name} rows {unit.first_row} to {unit.first_row + unit.rows}; look for memory or a crash "
+                "in Ray's logs; finished units are kept, run again"
+            )
+            if self._skip:
+                return UnitReport(unit.output, 0, 0, error=str(error))
+            raise error
+        write_json(self._output, note, {"tries": tries + 1})
+        try:
+            return attempt(self._worker, unit, self._skip)
+        finally:
+            self._output.filesystem.delete_file(self._output.child(note).path)
 
 
 def run_cluster(
@@ -88,26 +116,25 @@ def run_cluster(
     context.wait_for_min_actors_s = max(1, int(run.start_timeout_s))
     context.execution_no_progress_timeout_s = run.stall_timeout_s
     context.max_consecutive_actor_init_deaths = run.max_retries
-    context.max_errored_blocks = run.max_failed_units if skip_bad_shards else 0
-    waiting = {unit.output for unit in units}
+    remove_folder(output.child(TRIES))
     with ray.data.DataContext.current(context):
         dataset = ray.data.from_items(
             [{"unit": pickle.dumps(unit)} for unit in units], override_num_blocks=len(units)
         ).map_batches(
             _UnitActor,
-            fn_constructor_args=(make_worker, threads, output, skip_bad_shards),
+            fn_constructor_args=(make_worker, threads, output, run.max_retries, skip_bad_shards),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(min_size=smallest, max_size=largest, max_tasks_in_flight_per_actor=2),
             num_cpus=threads,
             num_gpus=gpus or None,
-            max_task_retries=run.max_retries,
+            max_restarts=-1,
+            max_task_retries=-1,
         )
         try:
             for row in dataset.iter_rows():
                 result = pickle.loads(row["result"])
                 if isinstance(result, FlipkdError):
                     raise result
-                waiting.discard(result.output)
                 yield result
         except ray.exceptions.RayError as error:
             raise ClusterError(_explain(error, run)) from error
@@ -115,8 +142,7 @@ def run_cluster(
             if type(error).__module__.startswith("ray."):
                 raise ClusterError(_explain(error, run)) from error
             raise
-    for name in sorted(waiting):  # only with skip_bad_shards: Ray gave these up
-        yield UnitReport(name, 0, 0, error=f"its worker died {run.max_retries + 1} times")
+    remove_folder(output.child(TRIES))
 
 
 def connect(address: str) -> None:
@@ -156,7 +182,7 @@ def _explain(error: BaseException, run: RunOptions) -> str:
         return str(cause)
     if isinstance(error, ray.exceptions.RayActorError):
         return (
-            f"a worker died again and again ({name}), more than --max-retries {run.max_retries} allows; "
-            "look for memory or a crash in its node's Ray logs; finished units are kept, run again"
+            f"workers died while they started ({name}), more often than --max-retries {run.max_retries} allows; "
+            "look for memory or a crash in Ray's logs; finished units are kept, run again"
         )
     return f"the Ray job failed ({name}); finished units are kept, run again"

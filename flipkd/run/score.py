@@ -119,7 +119,7 @@ class ScoreWorker:
                 pairs = clock.timed("look_up", self._resolve, table)
                 result = clock.timed("score", self._score_batch, table, pairs, names)
                 if writer is None:
-                    options = write_options(result.schema)
+                    options = write_options(result)
                     writer = stack.enter_context(ShardWriter(task.output, unit.output, result.schema, {}, options))
                 clock.timed("write", writer.write, result)
                 rows_in += table.num_rows

@@ -92,7 +92,7 @@ class TopKWorker:
         (seen,) = read_reports(task.candidates, [unit.output])
         report = UnitReport(unit.output, seen.rows_in, table.num_rows, seen.reasons, seen.counts, {"top_k": 0.0})
         metadata = report.footer("score", task.run_fingerprint, unit.fingerprint)
-        with ShardWriter(task.output, unit.output, table.schema, metadata, write_options(table.schema)) as writer:
+        with ShardWriter(task.output, unit.output, table.schema, metadata, write_options(table)) as writer:
             writer.write(table, 1 << 20)
             writer.commit()
         return UnitReport(**{**vars(report), "seconds": {"top_k": time.perf_counter() - started}})

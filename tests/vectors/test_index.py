@@ -146,6 +146,18 @@ class TestLookUp:
         assert duplicates == []
         assert index.look_up(pa.array([b"id\0b", b"id", b"id\0", b"id\0a"])).tolist() == [1, 2, 3, 0]
 
+    @pytest.mark.parametrize("length", [*range(1, 20), 70_000])
+    def test_equal_hashes_are_not_enough(self, backend: str, tmp_path: Path, length: int) -> None:
+        # Two ids of one hash are hard to find, so the stored id is changed under its slot: one byte, each in turn.
+        key = bytes(range(1, length + 1)) if length < 256 else b"k" * length
+        index, _ = build(tmp_path, "bytes", [key])
+        assert index.look_up(pa.array([key])).tolist() == [0]
+        for place in range(length) if length < 256 else (0, length // 2, length - 1):
+            ids = np.array(index.ids)
+            ids[place] ^= 0x80
+            other = IdIndex("bytes", "string", 1, index.table, ids, index.offsets)
+            assert other.look_up(pa.array([key])).tolist() == [-1]
+
     def test_a_null_between_equal_keys(self, backend: str, tmp_path: Path) -> None:
         # Under the null lies the same value: it must be taken neither for the key nor for "as before".
         index, _ = build(tmp_path, "int64", [5, 6])
