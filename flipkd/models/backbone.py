@@ -1,6 +1,6 @@
 """The transformer below the pooling: token ids of equal length to token vectors.
 
-Importing this imports torch; transformers' model code is imported when a model is loaded.
+Importing this imports torch; transformers' model code is imported when a model is loaded that is not a plain BERT.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flipkd.errors import ModelError
+from flipkd.models.bert import load_bert
 from flipkd.models.folder import ModelFolder
 
 # Encoder-decoder families of which the encoder alone can be loaded; sentence-transformers does the same.
@@ -42,6 +43,10 @@ def load_backbone(folder: ModelFolder, dtype: torch.dtype, device: torch.device,
     Raises:
         ModelError: transformers cannot load it, or it needs code of its own and that was not allowed.
     """
+    if not folder.config_settings and set(folder.model_settings) <= {"add_pooling_layer"}:
+        bert = load_bert(folder.transformer_path, dtype, device)
+        if bert is not None:
+            return Backbone(bert, bert.position_limit)
     model = _load_model(folder, dtype, trust_remote_code).to(device).eval()
 
     def states(ids: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -156,9 +157,12 @@ def connect(address: str) -> None:
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address == "local":
         options["include_dashboard"] = False
+    host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
+        if host and port.isdigit():  # Ray itself knocks for minutes at a door that is not there
+            socket.create_connection((host, int(port)), timeout=20).close()
         ray.init(address=address, **options)
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         causes = f"{error} {error.__cause__}"
         hint = "; it asks for a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN" if "AuthToken" in causes else ""
         raise ClusterError(f"--ray {address}: cannot join the cluster: {str(error).splitlines()[0]}{hint}") from error

@@ -17,6 +17,7 @@ from transformers import (
     BertModel,
     LlamaConfig,
     LlamaModel,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2Model,
@@ -67,7 +68,7 @@ def wrapped(
     return PreTrainedTokenizerFast(tokenizer_object=backend, **settings)
 
 
-def random_model(kind: str, vocabulary_size: int = 600, width: int = 32) -> nn.Module:
+def random_model(kind: str, vocabulary_size: int = 600, width: int = 32) -> PreTrainedModel:
     """A model of two blocks with random weights, large enough that vectors of different texts differ."""
     torch.manual_seed(7)
     shape = {
@@ -79,13 +80,14 @@ def random_model(kind: str, vocabulary_size: int = 600, width: int = 32) -> nn.M
         "max_position_embeddings": 128,
         "initializer_range": 0.3,
     }
-    makers: dict[str, Callable[[], nn.Module]] = {
+    makers: dict[str, Callable[[], PreTrainedModel]] = {
         "llama": lambda: LlamaModel(LlamaConfig(num_key_value_heads=2, **shape)),
         "qwen2": lambda: Qwen2Model(Qwen2Config(num_key_value_heads=2, **shape)),
         "bert": lambda: BertModel(BertConfig(**shape)),
         "roberta": lambda: RobertaModel(RobertaConfig(pad_token_id=1, **shape)),
     }
-    return makers[kind]().eval()
+    model: PreTrainedModel = makers[kind]().eval()
+    return model
 
 
 @pytest.fixture

@@ -54,6 +54,10 @@ def pickled(folder: Path) -> None:
     torch.save({}, folder / "pytorch_model.bin")
 
 
+def broken_json(folder: Path) -> None:
+    (folder / "sentence_bert_config.json").write_text("{")
+
+
 REFUSED: dict[str, tuple[Change, str]] = {
     "word embeddings": (module(0, "sentence_transformers.models.WordEmbeddings"), "WordEmbeddings is not supported"),
     "own module": (module(2, "custom_code.Normalize"), "custom_code.Normalize is not supported"),
@@ -81,10 +85,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "pickle": (pickled, "only pytorch_model.bin.*safe_serialization"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no weights"),
     "no modules": (lambda folder: (folder / "modules.json").unlink(), "no modules.json"),
-    "bad json": (
-        lambda folder: (folder / "sentence_bert_config.json").write_text("{") and None,
-        "cannot be read as JSON",
-    ),
+    "bad json": (broken_json, "cannot be read as JSON"),
     "adapter": (edit("adapter_config.json", base_model_name_or_path="x"), "adapter"),
 }
 
