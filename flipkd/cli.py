@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -54,9 +55,7 @@ def _load_config(ctx: click.Context, _: click.Parameter, path: str | None) -> st
 
 def _parse_config(path: Path) -> dict[str, Any]:
     if path.suffix.lower() == ".toml":
-        import tomli
-
-        return tomli.loads(path.read_text())
+        return tomllib.loads(path.read_text())
     import yaml
 
     try:

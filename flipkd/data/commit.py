@@ -14,6 +14,7 @@ import posixpath
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import pyarrow as pa
@@ -25,12 +26,14 @@ from flipkd.errors import InputError, OutputError
 
 TEMPORARY_SUFFIX = ".tmp"
 _MOST_DELTA_BITS = 40
+_UPLOAD_BYTES = 8 << 20
 
 
 class ShardWriter:
     """Writes one output shard under a hidden temporary name and publishes it on ``commit``.
 
-    Used as a context manager: leaving it without ``commit`` removes the temporary file.
+    Used as a context manager: leaving it without ``commit`` removes the temporary file. For an object store the file is
+    made on the local disk and uploaded whole, since a broken-off stream would be published as it is.
 
     Args:
         root: the output folder.
@@ -45,17 +48,13 @@ class ShardWriter:
     ) -> None:
         self._final = root.child(name)
         folder, base = posixpath.split(self._final.path)
-        temporary = posixpath.join(folder, f".{base}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
-        # An object store shows a key only when its upload is closed, so the final name itself is written there.
-        self._path = temporary if root.is_local else self._final.path
-        self._local = root.is_local
-        self._closed = False
+        folder = folder if root.is_local else gettempdir()
+        self._path = posixpath.join(folder, f".{base}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
         try:
             with writing(self._final.uri):
-                if self._local:
-                    make_private_folder(folder)
-                    os.close(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-                self._sink = root.filesystem.open_output_stream(self._path)
+                make_private_folder(folder)
+                os.close(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+                self._sink = pa.OSFile(self._path, "wb")
                 self._writer = pq.ParquetWriter(self._sink, schema, **options)
                 self._writer.add_key_value_metadata(metadata)
         except BaseException:
@@ -72,38 +71,41 @@ class ShardWriter:
         self._writer.add_key_value_metadata(metadata)
 
     def commit(self) -> None:
-        """Flushes to the disk and renames; after this the shard is there, whole."""
+        """Flushes to the disk and renames, or uploads; after this the shard is there, whole."""
         with writing(self._final.uri):
             self._writer.close()
             self._sink.close()
-            if self._local:
+            if self._final.is_local:
                 sync(self._path)
                 os.replace(self._path, self._final.path)
                 sync(os.path.dirname(self._final.path))
-        self._closed = True
+            else:
+                _upload(self._path, self._final)
 
     def __enter__(self) -> ShardWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._closed:
-            return
-        if not self._local:
-            # Closing would publish half an object: the upload is given up instead.
-            abort = getattr(self._sink, "abort", None)
-            if abort is not None:
-                with contextlib.suppress(OSError):
-                    abort()
-            return
         with contextlib.suppress(OSError, pa.ArrowException):
             self._writer.close()
             self._sink.close()
         self._remove()
 
     def _remove(self) -> None:
-        if self._local:
-            with contextlib.suppress(OSError):
-                Path(self._path).unlink()
+        with contextlib.suppress(OSError):
+            os.unlink(self._path)
+
+
+def _upload(path: str, target: Location) -> None:
+    """Copies a local file to an object store; a copy that breaks off is deleted."""
+    try:
+        with pa.OSFile(path) as source, target.filesystem.open_output_stream(target.path) as sink:
+            while block := source.read(_UPLOAD_BYTES):
+                sink.write(block)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            target.filesystem.delete_file(target.path)
+        raise
 
 
 @contextlib.contextmanager

@@ -29,11 +29,13 @@ _ENCODER_CLASSES = {
 class Backbone:
     """A loaded transformer.
 
-    ``states`` maps ids int64 [texts, tokens] (no padding) to token vectors [texts, tokens, width].
-    ``position_limit`` is the longest input of a model with a table of learned positions, None for others.
+    ``states`` maps ids int64 [texts, tokens] (no padding) to token vectors [texts, tokens, width], from any thread.
+    ``width`` is the size of a token vector. ``position_limit`` is the longest input of a model with a table of learned
+    positions, None for others.
     """
 
     states: Callable[[Tensor], Tensor]
+    width: int
     position_limit: int | None
 
 
@@ -46,7 +48,7 @@ def load_backbone(folder: ModelFolder, dtype: torch.dtype, device: torch.device,
     if not folder.config_settings and set(folder.model_settings) <= {"add_pooling_layer"}:
         bert = load_bert(folder.transformer_path, dtype, device)
         if bert is not None:
-            return Backbone(bert, bert.position_limit)
+            return Backbone(bert, bert.width, bert.position_limit)
     model = _load_model(folder, dtype, trust_remote_code).to(device).eval()
 
     def states(ids: Tensor) -> Tensor:
@@ -54,10 +56,10 @@ def load_backbone(folder: ModelFolder, dtype: torch.dtype, device: torch.device,
         output: Tensor = model(input_ids=ids).last_hidden_state
         return output
 
-    return Backbone(states, _position_limit(model))
+    return Backbone(states, int(model.config.get_text_config().hidden_size), _position_limit(model))
 
 
-def _load_model(folder: ModelFolder, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
+def _load_model(folder: ModelFolder, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     import transformers
     from transformers.utils import logging as transformers_logging
 
@@ -103,8 +105,7 @@ def _load_model(folder: ModelFolder, dtype: torch.dtype, trust_remote_code: bool
         raise ModelError(
             f"{path}: weights are missing or of the wrong shape, first {(missing or report['mismatched_keys'])[0]}"
         )
-    loaded: nn.Module = model
-    return loaded
+    return model
 
 
 def _position_limit(model: nn.Module) -> int | None:

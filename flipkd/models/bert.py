@@ -105,6 +105,11 @@ class Bert:
         )
 
     @property
+    def width(self) -> int:
+        """Size of a token vector."""
+        return len(self._segment)
+
+    @property
     def position_limit(self) -> int:
         """Most tokens per text."""
         return len(self._positions)

@@ -29,7 +29,7 @@ _PROBES = ("flipkd probe 0", "Wholly different: 17 | b")
 
 def _use_one_thread() -> None:
     # A forked child has none of its parent's threads, and would wait for them for ever: the tokenizer library's if
-    # TOKENIZERS_PARALLELISM=true stayed in force, OpenMP's as soon as torch starts a parallel loop.
+    # TOKENIZERS_PARALLELISM=true stayed in force, OpenMP's as soon as torch starts a parallel loop (to copy weights).
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
@@ -257,7 +257,7 @@ def equal_length_batches(
     """Groups texts of equal length, so that no batch needs padding.
 
     A batch leaves as soon as it holds ``max_tokens`` tokens, so the model starts before the last text is tokenised;
-    what is left over goes out at the end, short texts first. Which texts share a batch follows from their order alone.
+    what is left over goes out at the end, the largest batch first. Which texts share a batch follows from their order.
 
     Yields:
         places int64 [texts] in the input, and ids int64 [texts, tokens]. Texts without tokens come in no batch. A text
@@ -279,5 +279,5 @@ def equal_length_batches(
             places.setdefault(length, []).append(start + offset)
             if (len(group) + 1) * length > max_tokens:
                 yield batch(length)
-    for length in sorted(rows):
+    for length in sorted(rows, key=lambda length: (-length * len(rows[length]), length)):
         yield batch(length)

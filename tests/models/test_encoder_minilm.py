@@ -79,6 +79,12 @@ def test_one_text_alone_equals_the_same_in_a_batch(encoder: Encoder, texts: list
         np.testing.assert_allclose(encoder.encode([texts[place]]).vectors[0], together[place], atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bf16"])
+def test_the_number_of_threads_does_not_change_a_bit(minilm_dir: Path, texts: list[str], dtype: str) -> None:
+    one, three = (load_encoder(minilm_dir, dtype=dtype, threads=threads).encode(texts).vectors for threads in (1, 3))
+    np.testing.assert_array_equal(one, three)
+
+
 def test_repeated_texts_come_back_in_place(encoder: Encoder, texts: list[str]) -> None:
     places = np.random.default_rng(1).integers(0, len(texts), 300)
     encoded = encoder.encode([texts[place] for place in places])

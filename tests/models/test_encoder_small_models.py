@@ -198,6 +198,7 @@ def _encoder_of(small_vocabulary: Tokenizer, model: Any, exact: Any) -> Encoder:
         max_length=16,
         dtype="bf16",
         device=torch.device("cpu"),
+        threads=2,
         fingerprint="",
     )
 

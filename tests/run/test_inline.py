@@ -13,10 +13,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from flipkd.models.encoder import load_encoder
 
 from flipkd.config import EncoderOptions, RunOptions, ScoreConfig
 from flipkd.errors import ConfigError
+from flipkd.models.encoder import load_encoder
 from flipkd.run.pipeline import dry_run, score
 from tests.run.conftest import World
 from tests.run.test_score import read_scores

@@ -1,0 +1,89 @@
+"""Pairs, records and scores on a filesystem that is not a disk; the store stays local, since it is mapped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from flipkd.config import EncodeConfig, EncoderOptions, RunOptions, ScoreConfig
+from flipkd.data.location import open_location
+from flipkd.data.shards import find_shards
+from flipkd.errors import ConfigError, OutputError
+from flipkd.run.encode import encode
+from flipkd.run.pipeline import score
+from flipkd.run.status import status
+from tests.run.conftest import World
+from tests.run.test_score import read_scores
+
+MakePairs = Callable[..., Path]
+
+
+@pytest.fixture
+def bucket() -> Iterator[str]:
+    yield "memory://flipkd-bucket"
+    remote = fsspec.filesystem("memory")
+    if remote.exists("/flipkd-bucket"):
+        remote.rm("/flipkd-bucket", recursive=True)
+
+
+def remote_scores(uri: str) -> pa.Table:
+    root = open_location(uri)
+    tables = []
+    for shard in find_shards(root):
+        with root.filesystem.open_input_file(shard.path) as source:
+            tables.append(pq.read_table(source))
+    return pa.concat_tables(tables)
+
+
+def test_the_whole_job_on_an_object_store(world: World, make_pairs: MakePairs, tmp_path: Path, bucket: str) -> None:
+    pairs = make_pairs()
+    fsspec.filesystem("memory").put(str(pairs), "/flipkd-bucket/pairs", recursive=True)
+    fsspec.filesystem("memory").put(world.left, "/flipkd-bucket/records", recursive=True)
+    task = ScoreConfig(
+        pairs=f"{bucket}/pairs",
+        output=f"{bucket}/out",
+        encoder=EncoderOptions(world.encoder),
+        records=f"{bucket}/records",
+    )
+    with pytest.raises(ConfigError, match="--cache"):
+        score(task)
+    task = replace(task, cache=str(tmp_path / "cache"))
+    assert score(task)["rows_out"] == 120
+    here = replace(task, pairs=str(pairs), records=world.left, output=str(tmp_path / "out"))
+    score(here)
+    assert remote_scores(f"{bucket}/out").equals(read_scores(tmp_path / "out"))
+    assert status(f"{bucket}/out")["state"] == "finished"
+    victim = next(shard for shard in find_shards(open_location(f"{bucket}/out")))
+    fsspec.filesystem("memory").rm(victim.path)
+    manifest = score(task)
+    assert manifest["units_resumed"] == 3
+    with pytest.raises(OutputError, match="another run"):
+        score(replace(task, min_score=0.5))
+    assert score(replace(task, min_score=0.5, run=RunOptions(overwrite=True)))["rows_out"] < 120
+    with pytest.raises(ConfigError, match="must be a local folder"):
+        encode(EncodeConfig(EncoderOptions(world.encoder), world.left, f"{bucket}/store"))
+
+
+def test_an_upload_that_breaks_off_publishes_nothing(
+    world: World, make_pairs: MakePairs, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = ScoreConfig(pairs=str(make_pairs()), output=f"{bucket}/out", store=world.left_store)
+
+    class Broken(pa.OSFile):  # type: ignore[misc]
+        def read(self, count: int | None = None) -> bytes:
+            if count == 8 << 20 and self.tell():
+                raise OSError("the network went away")
+            return super().read(100 if count == 8 << 20 else count)  # type: ignore[no-any-return]
+
+    with monkeypatch.context() as patch:
+        patch.setattr("flipkd.data.commit.pa.OSFile", Broken)
+        with pytest.raises(OutputError, match="the network went away"):
+            score(task)
+    assert not fsspec.filesystem("memory").glob("/flipkd-bucket/out/*.parquet")
+    assert score(task)["rows_out"] == 120
