@@ -8,8 +8,9 @@ neighbours.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,8 @@ import numpy as np
 
 from flipkd.errors import ConfigError, ModelError
 from flipkd.models.folder import ModelFolder, folder_fingerprint, read_folder
-from flipkd.models.tokens import Frame, TextTokenizer, chat_frame, equal_length_batches, tokenized_chunks
+from flipkd.models.tokenizer import load_tokenizer, text_tokenizer
+from flipkd.models.tokens import TextTokenizer, TokenizedTexts, equal_length_batches, tokenized_chunks
 
 if TYPE_CHECKING:
     import torch
@@ -111,22 +113,23 @@ class Encoder:
         truncated = np.zeros(len(distinct), dtype=np.bool_)
         tokens = np.zeros(len(distinct), dtype=np.int32)
 
-        def noted() -> Any:
+        def noted() -> Iterator[tuple[int, TokenizedTexts]]:
             for start, chunk in tokenized_chunks(self._tokenizer, distinct):
                 truncated[start : start + len(chunk.ids)] = chunk.truncated
                 tokens[start : start + len(chunk.ids)] = [len(ids) for ids in chunk.ids]
                 yield start, chunk
 
-        for places, found, finite in self._computed(equal_length_batches(noted(), max_tokens)):
-            if not finite.all():
-                # By place in the input, not by text: records are private.
-                bad = np.flatnonzero(np.isin(rows, places[~finite]))
-                shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
-                raise ModelError(
-                    f"the encoder gives numbers that are not finite, in float32 too, for {len(bad)} of the texts "
-                    f"(places {shown}); its weights or the texts are out of range"
-                )
-            vectors[places] = found
+        with closing(self._computed(equal_length_batches(noted(), max_tokens))) as batches:
+            for places, found, finite in batches:
+                if not finite.all():
+                    # By place in the input, not by text: records are private.
+                    bad = np.flatnonzero(np.isin(rows, places[~finite]))
+                    shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
+                    raise ModelError(
+                        f"the encoder gives numbers that are not finite, in float32 too, for {len(bad)} of the texts "
+                        f"(places {shown}); its weights or the texts are out of range"
+                    )
+                vectors[places] = found
         if normalize:
             vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         if len(distinct) == len(texts):
@@ -135,7 +138,7 @@ class Encoder:
 
     def _computed(
         self, batches: Iterable[tuple[np.ndarray, np.ndarray]]
-    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    ) -> Generator[tuple[np.ndarray, np.ndarray, np.ndarray], None, None]:
         """Runs the model over batches (places, ids), several at once; yields places, vectors and which are finite.
 
         On a CPU each batch has one thread to itself. So no thread waits for another inside every operation, which is
@@ -217,10 +220,10 @@ def load_encoder(
     place = torch.device(device)
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device 'cuda' was asked for, but torch sees no CUDA device; use cpu or auto")
-    transformers_tokenizer = _load_tokenizer(settings, trust_remote_code)
+    transformers_tokenizer = load_tokenizer(settings, trust_remote_code)
     backbone = load_backbone(settings, torch.bfloat16 if dtype == "bf16" else torch.float32, place, trust_remote_code)
     limit = _max_length(settings, transformers_tokenizer, backbone.position_limit, max_length)
-    tokenizer = _text_tokenizer(settings, transformers_tokenizer, limit)
+    tokenizer = text_tokenizer(settings, transformers_tokenizer, limit)
     head = load_head(settings, place)
     skip = tokenizer.prompt_tokens if settings.prompt and not settings.pools_prompt else 0
 
@@ -256,21 +259,6 @@ def load_encoder(
     )
 
 
-def _load_tokenizer(settings: ModelFolder, trust_remote_code: bool) -> Any:
-    from transformers import AutoTokenizer
-
-    path = str(settings.transformer_path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, trust_remote_code=trust_remote_code, local_files_only=True, **settings.tokenizer_settings
-        )
-    except Exception as error:  # transformers raises whatever it meets
-        raise ModelError(f"{path}: transformers cannot load the tokenizer: {type(error).__name__}: {error}") from error
-    if not getattr(tokenizer, "is_fast", False):
-        raise ModelError(f"{path}: has no fast tokenizer (tokenizer.json); save it with a fast one")
-    return tokenizer
-
-
 def _max_length(settings: ModelFolder, tokenizer: Any, position_limit: int | None, wanted: int | None) -> int | None:
     """The effective maximum length: what was asked for, else what the folder says, at most what the model can take."""
     if wanted is not None:
@@ -284,25 +272,3 @@ def _max_length(settings: ModelFolder, tokenizer: Any, position_limit: int | Non
     if position_limit is not None:
         limit = min(limit or position_limit, position_limit)
     return limit
-
-
-def _text_tokenizer(settings: ModelFolder, tokenizer: Any, limit: int | None) -> TextTokenizer:
-    frame = Frame(prefix=settings.prompt)
-    chat = dict(settings.chat_settings)
-    restores_suffix = bool(chat.pop("restore_suffix", True)) and settings.message_format is not None
-    if settings.message_format is not None:
-        frame = chat_frame(tokenizer, settings.message_format, settings.prompt, chat)
-    try:
-        return TextTokenizer(
-            tokenizer.backend_tokenizer,
-            max_length=limit,
-            frame=frame,
-            # A chat template writes its own special tokens.
-            adds_special_tokens=settings.adds_special_tokens and settings.message_format is None,
-            lower_case=settings.lower_case,
-            cuts_left=tokenizer.truncation_side == "left",
-            restores_suffix=restores_suffix,
-            unknown=tokenizer.unk_token_id,
-        )
-    except ModelError as error:
-        raise ModelError(f"{settings.transformer_path}: {error}") from error

@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -24,7 +23,7 @@ from tokenizers.normalizers import Sequence as NormalizerSequence
 from flipkd.errors import ModelError
 
 CHUNK_TEXTS = 1024
-_PROBES = ("flipkd probe 0", "Wholly different: 17 | b")
+PROBES = ("flipkd probe 0", "Wholly different: 17 | b")
 
 
 def _use_one_thread() -> None:
@@ -96,7 +95,7 @@ class TextTokenizer:
             number: token.content for number, token in added.items() if token.special and number != unknown
         }
         self._special = np.array(sorted(self._contents), dtype=np.int64)
-        self._own_specials = self._count_special([self._frame_ids(_PROBES[0])])[0]
+        self._own_specials = self._count_special([self._frame_ids(PROBES[0])])[0]
         self._suffix = self._closing() if restores_suffix else []
 
     @property
@@ -181,51 +180,18 @@ def _template(backend: Tokenizer) -> tuple[list[int], list[int]]:
     Raises:
         ModelError: the template does more than to add tokens before and after.
     """
-    encoding = backend.encode(_PROBES[0])
+    encoding = backend.encode(PROBES[0])
     mask = encoding.special_tokens_mask
     start = next((place for place, added in enumerate(mask) if not added), len(mask))
     stop = next((len(mask) - place for place, added in enumerate(reversed(mask)) if not added), start)
     head, tail = encoding.ids[:start], encoding.ids[stop:]
-    for probe in _PROBES:
+    for probe in PROBES:
         whole = backend.encode(probe)
         if whole.ids != [*head, *backend.encode(probe, add_special_tokens=False).ids, *tail] or any(whole.type_ids):
             raise ModelError(
                 "this tokenizer's template does more than add tokens before and after a text; not supported"
             )
     return head, tail
-
-
-def chat_frame(tokenizer: Any, message_format: str, prompt: str, settings: dict[str, Any]) -> Frame:
-    """The text that a tokenizer's chat template puts around one user message.
-
-    Raises:
-        ModelError: the template is missing, or changes the text beyond adding something before and after.
-    """
-
-    def render(text: str) -> str:
-        turns = [("system", prompt)] if prompt else []
-        turns.append(("user", text))
-        messages = [
-            {"role": role, "content": content if message_format == "flat" else [{"type": "text", "text": content}]}
-            for role, content in turns
-        ]
-        rendered: str = tokenizer.apply_chat_template(messages, tokenize=False, **settings)
-        return rendered
-
-    try:
-        parts = render(_PROBES[0]).split(_PROBES[0])
-        same = len(parts) == 2 and render(_PROBES[1]) == _PROBES[1].join(parts)
-    except Exception as error:  # a template is a program; whatever it raises means that it cannot be used
-        raise ModelError(
-            f"the folder asks for its chat template, which fails ({type(error).__name__}); if the model was trained on "
-            "plain text, delete 'message' from modality_config in sentence_bert_config.json"
-        ) from error
-    if not same:
-        raise ModelError(
-            "the folder asks for its chat template, which does more than put something before and after a text; if the "
-            "model was trained on plain text, delete 'message' from modality_config in sentence_bert_config.json"
-        )
-    return Frame(*parts)
 
 
 def tokenized_chunks(tokenizer: TextTokenizer, texts: Sequence[str]) -> Iterator[tuple[int, TokenizedTexts]]:

@@ -13,11 +13,14 @@ _LINE_INTERVAL_S = 30.0
 class _Lines(tqdm):  # type: ignore[type-arg]
     """tqdm that prints whole lines, for logs: no carriage returns, no cursor movements."""
 
+    _shown = 0
+
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         """Prints the state as one line."""
         del msg, pos
-        if not self.n:
+        if self.n == self._shown:  # nothing new: also at the start, and when tqdm closes
             return
+        self._shown = self.n
         state = dict(self.format_dict)
         state.update(bar_format="{desc}: {n_fmt} of {total_fmt} {unit}, {rate_fmt}, about {remaining} left")
         print(self.format_meter(**state), file=sys.stderr, flush=True)
