@@ -10,6 +10,8 @@ from typing import Any
 from flipkd.config import EncodeConfig, ScoreConfig
 from flipkd.data.commit import read_json
 from flipkd.data.location import open_location
+from flipkd.data.records import as_text, normalise, render_texts, template_fields
+from flipkd.data.shards import ShardReader
 from flipkd.run.encode import (
     STORE_FILE,
     encode_planned,
@@ -19,7 +21,7 @@ from flipkd.run.job import Job, plan_facts, run_job
 from flipkd.run.output import locked, prepare, remove_folder
 from flipkd.run.plan_score import ScorePlan, plan_score, work_folder
 from flipkd.run.score import ScoreWorker
-from flipkd.run.texts import TextsTask, TextsWorker, merge_texts
+from flipkd.run.texts import SAMPLE_ROWS, TextsTask, TextsWorker, estimate_distinct, merge_texts
 from flipkd.run.top_k import TopKTask, TopKWorker, compare_candidates
 
 logger = logging.getLogger(__name__)
@@ -60,14 +62,34 @@ def dry_run(config: ScoreConfig) -> dict[str, Any]:
             "kind": "encode",
             "records": plan.plan.rows,
             "units": len(plan.plan.units),
-            "distinct_texts_at_most": plan.plan.rows,
+            "distinct_texts_estimate": _distinct_records(plan),
             "sealed": read_json(open_location(plan.config.output), STORE_FILE) is not None,
         }
         for plan in planned.encodes
     ]
     if config.is_inline:
-        facts["stages"] = [{"kind": "texts"}, {"kind": "encode", "distinct_texts_at_most": 2 * planned.job.plan.rows}]
+        estimate = _distinct_inline_texts(planned)
+        facts["stages"] = [{"kind": "texts"}, {"kind": "encode", "distinct_texts_estimate": estimate}]
     return facts
+
+
+def _distinct_records(planned: EncodePlan) -> int:
+    template = planned.config.text_template
+    for unit in planned.plan.units[:1]:
+        with ShardReader(open_location(planned.config.records), unit.shard) as reader:
+            table = next(unit.read(reader, template_fields(template), SAMPLE_ROWS))
+        return estimate_distinct([render_texts(table, template).values], planned.plan.rows)
+    return 0
+
+
+def _distinct_inline_texts(planned: ScorePlan) -> int:
+    task, plan = planned.task, planned.job.plan
+    for unit in plan.units[:1]:
+        with ShardReader(task.pairs, unit.shard) as reader:
+            table = next(unit.read(reader, list(dict.fromkeys(task.pair_columns)), SAMPLE_ROWS))
+        texts = [normalise(as_text(table.column(name), name)[0]) for name in task.pair_columns]
+        return estimate_distinct(texts, 2 * plan.rows)
+    return 0
 
 
 def _encode_inline(planned: ScorePlan) -> dict[str, Any]:

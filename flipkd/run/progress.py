@@ -13,7 +13,7 @@ _LINE_INTERVAL_S = 30.0
 class _Lines(tqdm):  # type: ignore[type-arg]
     """tqdm that prints whole lines, for logs: no carriage returns, no cursor movements."""
 
-    _shown = 0
+    _shown: float = 0
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         """Prints the state as one line."""

@@ -32,6 +32,7 @@ _SCHEMA = pa.schema([("id", pa.binary(DIGEST_BYTES)), ("text", pa.large_string()
 _OPTIONS = {"compression": "lz4", "use_dictionary": False, "write_statistics": False}
 _BATCH_ROWS = 1 << 15
 _ROWS_PER_FILE = 1_000_000
+SAMPLE_ROWS = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,18 @@ class TextsWorker:
             writer.write(distinct)
             writer.commit()
         return report
+
+
+def estimate_distinct(sample: Sequence[pa.Array], total: int) -> int:
+    """How many distinct texts ``total`` texts have, from a sample: Chao's estimator d + f1 (f1 - 1) / (2 (f2 + 1)).
+
+    d are the distinct texts of the sample, f1 those that stand in it once, f2 those that stand twice (A. Chao,
+    Scandinavian Journal of Statistics 11, 1984, bias-corrected). It is a lower bound in expectation; a sample from one
+    place of sorted input can mislead it.
+    """
+    counts = pa.chunked_array(sample).drop_null().value_counts().field("counts").to_numpy()
+    once, twice = int((counts == 1).sum()), int((counts == 2).sum())
+    return min(round(len(counts) + once * (once - 1) / (2 * (twice + 1))), total)
 
 
 def merge_texts(lists: Location, names: Sequence[str], output: Location) -> int:

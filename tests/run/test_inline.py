@@ -169,6 +169,15 @@ def test_a_column_that_is_no_text_is_refused(world: World, tmp_path: Path) -> No
     assert dry_run(replace(task, left_text="left_text"))["rows"] == 1
 
 
+def test_a_dry_run_estimates_the_distinct_texts(world: World, tmp_path: Path) -> None:
+    draws = np.random.default_rng(0).integers(0, 300, (2, 400))
+    left, right = ([f"text {number}" for number in side] for side in draws)
+    task = inline(tmp_path, world.encoder, [texts(left, right)] * 5)
+    (_, encode_stage) = dry_run(task)["stages"]
+    assert encode_stage["distinct_texts_estimate"] == pytest.approx(300, rel=0.15)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_more_than_two_gib_of_text_in_one_row_group(world: World, tmp_path: Path) -> None:
     import psutil
