@@ -14,6 +14,7 @@ from flipkd.data.records import as_text, normalise, render_texts, template_field
 from flipkd.data.shards import ShardReader
 from flipkd.run.encode import (
     STORE_FILE,
+    EncodePlan,
     encode_planned,
     plan_encode,
 )
