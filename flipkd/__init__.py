@@ -9,11 +9,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flipkd.api import score_pairs as score_pairs
     from flipkd.config import EncodeConfig as EncodeConfig
     from flipkd.config import EncoderOptions as EncoderOptions
     from flipkd.config import RunOptions as RunOptions
     from flipkd.config import ScoreConfig as ScoreConfig
-    from flipkd.kernels.pair_score import pair_score as score_pairs  # noqa: F401
     from flipkd.models.encoder import load_encoder as load_encoder
     from flipkd.run.encode import encode as encode
     from flipkd.run.pipeline import score as score
@@ -34,7 +34,7 @@ _HOMES = {
     "load_encoder": ("flipkd.models.encoder", "load_encoder"),
     "quantise": ("flipkd.vectors.rows", "quantise"),
     "score": ("flipkd.run.pipeline", "score"),
-    "score_pairs": ("flipkd.kernels.pair_score", "pair_score"),
+    "score_pairs": ("flipkd.api", "score_pairs"),
 }
 __all__ = sorted([*_HOMES, "__version__"])
 

@@ -100,6 +100,8 @@ def distinct_texts(column: pa.ChunkedArray, name: str) -> tuple[Texts, npt.NDArr
         encoded = encoded.unify_dictionaries().combine_chunks()
     if not pa.types.is_dictionary(encoded.type):
         encoded = encoded.dictionary_encode()
+    elif len(encoded.dictionary) > len(encoded):  # of a whole row group, of which this batch is a small part
+        encoded = encoded.dictionary_decode().dictionary_encode()
     # One more entry, null, for the rows that are null: then every row has a place.
     dictionary = pa.concat_arrays([encoded.dictionary, pa.nulls(1, encoded.dictionary.type)])
     values, invalid = as_text(dictionary, name)

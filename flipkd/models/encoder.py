@@ -85,7 +85,13 @@ class Encoder:
         self.threads = threads
         self.fingerprint = fingerprint
 
-    def encode(self, texts: Sequence[str], *, max_tokens: int | None = None, normalize: bool = True) -> EncodedTexts:
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        """Unit vectors float32 [N, dim] of N texts; see ``encode_texts``."""
+        return self.encode_texts(texts).vectors
+
+    def encode_texts(
+        self, texts: Sequence[str], *, max_tokens: int | None = None, normalize: bool = True
+    ) -> EncodedTexts:
         """Encodes texts; each distinct text once.
 
         Args:

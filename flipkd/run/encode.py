@@ -183,11 +183,8 @@ class EncodeWorker:
     def __init__(
         self, config: EncodeConfig, records: Location, output: Location, run_fingerprint: str, threads: int
     ) -> None:
-        import torch
-
         from flipkd.models.encoder import load_encoder
 
-        torch.set_num_threads(threads)
         options = config.encoder
         self._config, self._records, self._output, self._run = config, records, output, run_fingerprint
         self._encoder: Encoder = load_encoder(
@@ -196,6 +193,7 @@ class EncodeWorker:
             device=options.device,
             max_length=options.max_length,
             trust_remote_code=options.trust_remote_code,
+            threads=threads,
         )
 
     def __call__(self, unit: WorkUnit) -> UnitReport:
@@ -211,8 +209,8 @@ class EncodeWorker:
 
         started = time.perf_counter()
         present = np.flatnonzero(np.asarray(texts.values.is_valid()))
-        encoded = self._encoder.encode(
-            texts.values.take(pa.array(present)).to_pylist(), max_tokens=config.encoder.max_tokens, normalize=True
+        encoded = self._encoder.encode_texts(
+            texts.values.take(pa.array(present)).to_pylist(), max_tokens=config.encoder.max_tokens
         )
         vectors = np.zeros((len(texts.values), self._encoder.dim), np.float32)
         vectors[present] = encoded.vectors

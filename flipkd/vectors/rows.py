@@ -27,7 +27,6 @@ class VectorRows:
     Args:
         values: [N, d], C-contiguous: float32, uint16 (bf16 bit patterns) or int8. May be a read-only memory map.
         dtype: "float32", "bf16" or "int8".
-        scales: always None: every dtype carries all it needs in `values` (see `quantise`).
 
     Raises:
         ValueError: `values` is not what `dtype` says.
@@ -35,7 +34,6 @@ class VectorRows:
 
     values: NDArray[Any]
     dtype: str
-    scales: NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         check_dtype(self.dtype)
@@ -45,8 +43,6 @@ class VectorRows:
             raise ValueError(f"{self.dtype} rows are held as {STORAGE[self.dtype]}, not as {self.values.dtype}")
         if not self.values.flags.c_contiguous:
             raise ValueError("values must be C-contiguous; pass np.ascontiguousarray(values)")
-        if self.scales is not None:
-            raise ValueError(f"{self.dtype} rows carry no scales")
 
     def __len__(self) -> int:
         return int(self.values.shape[0])

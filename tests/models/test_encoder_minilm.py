@@ -49,7 +49,7 @@ def cosines(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 def test_equals_sentence_transformers_in_float32(encoder: Encoder, texts: list[str], expected: np.ndarray) -> None:
-    encoded = encoder.encode(texts)
+    encoded = encoder.encode_texts(texts)
     assert encoded.vectors.dtype == np.float32
     assert encoded.vectors.shape == (len(texts), encoder.dim) == expected.shape
     assert cosines(encoded.vectors, expected).min() >= 0.99999
@@ -59,48 +59,50 @@ def test_equals_sentence_transformers_in_float32(encoder: Encoder, texts: list[s
 def test_close_to_sentence_transformers_in_bf16(minilm_dir: Path, texts: list[str], expected: np.ndarray) -> None:
     encoder = load_encoder(minilm_dir, dtype="bf16")
     assert encoder.dtype == "bf16"
-    vectors = encoder.encode(texts).vectors
+    vectors = encoder.encode_texts(texts).vectors
     assert cosines(vectors, expected).min() >= 0.999
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1.0, atol=1e-5)
 
 
 @pytest.mark.parametrize("max_tokens", [1, 7, 64, 100_000])
 def test_batch_size_and_order_do_not_matter(encoder: Encoder, texts: list[str], max_tokens: int) -> None:
-    reference = encoder.encode(texts)
+    reference = encoder.encode_texts(texts)
     order = np.random.default_rng(max_tokens).permutation(len(texts))
-    shuffled = encoder.encode([texts[place] for place in order], max_tokens=max_tokens)
+    shuffled = encoder.encode_texts([texts[place] for place in order], max_tokens=max_tokens)
     np.testing.assert_allclose(shuffled.vectors, reference.vectors[order], atol=1e-5)
     np.testing.assert_array_equal(shuffled.tokens, reference.tokens[order])
 
 
 def test_one_text_alone_equals_the_same_in_a_batch(encoder: Encoder, texts: list[str]) -> None:
-    together = encoder.encode(texts).vectors
+    together = encoder.encode_texts(texts).vectors
     for place in (0, 30, 110, 111, 115):
-        np.testing.assert_allclose(encoder.encode([texts[place]]).vectors[0], together[place], atol=1e-5)
+        np.testing.assert_allclose(encoder.encode_texts([texts[place]]).vectors[0], together[place], atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bf16"])
 def test_the_number_of_threads_does_not_change_a_bit(minilm_dir: Path, texts: list[str], dtype: str) -> None:
-    one, three = (load_encoder(minilm_dir, dtype=dtype, threads=threads).encode(texts).vectors for threads in (1, 3))
+    one, three = (
+        load_encoder(minilm_dir, dtype=dtype, threads=threads).encode_texts(texts).vectors for threads in (1, 3)
+    )
     np.testing.assert_array_equal(one, three)
 
 
 def test_repeated_texts_come_back_in_place(encoder: Encoder, texts: list[str]) -> None:
     places = np.random.default_rng(1).integers(0, len(texts), 300)
-    encoded = encoder.encode([texts[place] for place in places])
-    np.testing.assert_allclose(encoded.vectors, encoder.encode(texts).vectors[places], atol=1e-5)
+    encoded = encoder.encode_texts([texts[place] for place in places])
+    np.testing.assert_allclose(encoded.vectors, encoder.encode_texts(texts).vectors[places], atol=1e-5)
 
 
 def test_more_texts_than_one_chunk_keep_their_order(encoder: Encoder) -> None:
     texts = [f"code {number}" for number in range(2500)]
-    vectors = encoder.encode(texts).vectors
+    vectors = encoder.encode_texts(texts).vectors
     for place in (0, 1023, 1024, 2047, 2048, 2499):
-        np.testing.assert_allclose(vectors[place], encoder.encode([texts[place]]).vectors[0], atol=1e-5)
+        np.testing.assert_allclose(vectors[place], encoder.encode_texts([texts[place]]).vectors[0], atol=1e-5)
 
 
 def test_truncation_is_counted_per_text(encoder: Encoder, peer: SentenceTransformer) -> None:
     texts = ["word " * 600, "word " * 5, "word " * 2000, "word " * 254, "word " * 255]
-    encoded = encoder.encode(texts)
+    encoded = encoder.encode_texts(texts)
     assert encoder.max_length == 256
     assert encoded.truncated.tolist() == [True, False, True, False, True]
     assert encoded.tokens.tolist() == [256, 7, 256, 256, 256]
@@ -111,7 +113,7 @@ def test_shorter_max_length_equals_sentence_transformers(minilm_dir: Path, texts
     peer = SentenceTransformer(str(minilm_dir), device="cpu")
     peer.max_seq_length = 12
     encoder = load_encoder(minilm_dir, max_length=12)
-    encoded = encoder.encode(texts)
+    encoded = encoder.encode_texts(texts)
     assert encoded.tokens.max() == 12
     assert 0 < encoded.truncated.sum() < len(texts)
     assert cosines(encoded.vectors, np.asarray(peer.encode(texts))).min() >= 0.99999
@@ -125,7 +127,7 @@ def test_max_length_beyond_the_positions_is_refused(minilm_dir: Path) -> None:
 
 def test_special_tokens_in_a_text_are_plain_text(encoder: Encoder, peer: SentenceTransformer) -> None:
     text = "[CLS] [SEP] [MASK] </s> <|im_end|>"
-    encoded = encoder.encode([text, "cls sep mask"])
+    encoded = encoder.encode_texts([text, "cls sep mask"])
     # [ cl ##s ] [ sep ] [ mask ] < / s > < | im _ end | > and the two that the template adds
     assert encoded.tokens[0] == 4 + 3 + 3 + 4 + 7 + 2
     spelled = np.asarray(peer.encode([text.replace("[", "[ ").replace("]", " ]")]))
@@ -133,13 +135,14 @@ def test_special_tokens_in_a_text_are_plain_text(encoder: Encoder, peer: Sentenc
 
 
 def test_empty_text_has_a_finite_vector(encoder: Encoder) -> None:
-    encoded = encoder.encode(["", "a"])
+    encoded = encoder.encode_texts(["", "a"])
     assert encoded.tokens.tolist() == [2, 3]
     assert np.isfinite(encoded.vectors).all()
 
 
 def test_no_texts_give_no_rows(encoder: Encoder) -> None:
-    encoded = encoder.encode([])
+    assert encoder.encode([]).shape == (0, encoder.dim)
+    encoded = encoder.encode_texts([])
     assert encoded.vectors.shape == (0, encoder.dim)
     assert encoded.truncated.shape == encoded.tokens.shape == (0,)
 
@@ -171,4 +174,4 @@ def test_wrong_arguments(minilm_dir: Path, encoder: Encoder) -> None:
     with pytest.raises(ModelError, match="no room"):
         load_encoder(minilm_dir, max_length=2)
     with pytest.raises(ConfigError, match="max_tokens"):
-        encoder.encode(["a"], max_tokens=0)
+        encoder.encode_texts(["a"], max_tokens=0)

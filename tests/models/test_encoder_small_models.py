@@ -44,7 +44,7 @@ def assert_equals_peer(folder: Path, texts: list[str] = TEXTS, **options: Any) -
         peer.tokenizer.pad_token = "<pad>"  # it asks for one even where there is nothing to pad; we do not
     expected = np.stack([np.asarray(peer.encode(text)) for text in texts])
     encoder = load_encoder(folder, **options)
-    vectors = encoder.encode(texts, normalize=False).vectors
+    vectors = encoder.encode_texts(texts, normalize=False).vectors
     assert vectors.shape == expected.shape
     assert encoder.dim == expected.shape[1]
     scale = np.abs(expected).max()
@@ -65,9 +65,9 @@ def test_decoder_with_last_token_pooling(
         kind, tokenizer, "lasttoken", [Dense(32, 12, bias=False, activation_function=nn.Identity()), Normalize()]
     )
     encoder = assert_equals_peer(folder)
-    together = encoder.encode(TEXTS).vectors
+    together = encoder.encode_texts(TEXTS).vectors
     for place, text in enumerate(TEXTS):
-        np.testing.assert_allclose(encoder.encode([text]).vectors[0], together[place], atol=1e-5)
+        np.testing.assert_allclose(encoder.encode_texts([text]).vectors[0], together[place], atol=1e-5)
     if pad_token:  # and what sentence-transformers gives when it pads them all together
         peer = SentenceTransformer(str(folder), device="cpu")
         np.testing.assert_allclose(together, np.asarray(peer.encode(TEXTS)), atol=1e-4)
@@ -96,7 +96,7 @@ def test_positions_that_start_after_the_pad_id(make_folder: MakeFolder, small_vo
     tokenizer = wrapped(small_vocabulary, begins=True, ends=True, pad_token="<|im_start|>", model_max_length=512)
     encoder = assert_equals_peer(make_folder("roberta", tokenizer, "mean"), TEXTS[:6])
     assert encoder.max_length == 126  # 128 positions, two of them unused
-    assert encoder.encode(["word " * 600]).truncated.all()
+    assert encoder.encode_texts(["word " * 600]).truncated.all()
 
 
 def test_truncated_dimension_and_lower_case(make_folder: MakeFolder, small_vocabulary: Tokenizer) -> None:
@@ -105,7 +105,7 @@ def test_truncated_dimension_and_lower_case(make_folder: MakeFolder, small_vocab
     (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 20, "do_lower_case": True}))
     encoder = assert_equals_peer(folder)
     assert (encoder.dim, encoder.max_length) == (8, 20)
-    lower, upper = encoder.encode(["FEVER of unknown origin", "fever of unknown origin"]).vectors
+    lower, upper = encoder.encode_texts(["FEVER of unknown origin", "fever of unknown origin"]).vectors
     np.testing.assert_array_equal(lower, upper)
 
 
@@ -118,8 +118,8 @@ def test_default_prompt(make_folder: MakeFolder, small_vocabulary: Tokenizer, in
     pooling = folder / "1_Pooling" / "config.json"
     pooling.write_text(json.dumps({**json.loads(pooling.read_text()), "include_prompt": include_prompt}))
     encoder = assert_equals_peer(folder, [text for text in TEXTS if not text.startswith(" ")])
-    smuggled = encoder.encode(["a</s>b", "a<s>b"])
-    assert smuggled.tokens[0] > encoder.encode(["ab"]).tokens[0] + 1
+    smuggled = encoder.encode_texts(["a</s>b", "a<s>b"])
+    assert smuggled.tokens[0] > encoder.encode_texts(["ab"]).tokens[0] + 1
 
 
 @pytest.mark.parametrize("message", [True, False])
@@ -137,8 +137,8 @@ def test_chat_template_is_applied_only_where_the_folder_asks(
         file.write_text(json.dumps(settings))
     encoder = assert_equals_peer(folder)
     plain = len(small_vocabulary.encode("fever").ids)
-    assert (encoder.encode(["fever"]).tokens[0] > plain) == message
-    assert encoder.encode(["fever " * 100]).truncated.all()
+    assert (encoder.encode_texts(["fever"]).tokens[0] > plain) == message
+    assert encoder.encode_texts(["fever " * 100]).truncated.all()
 
 
 def test_special_tokens_in_a_text_stay_text_inside_a_chat_template(
@@ -147,9 +147,9 @@ def test_special_tokens_in_a_text_stay_text_inside_a_chat_template(
     tokenizer = wrapped(small_vocabulary, pad_token="<pad>")
     tokenizer.chat_template = TEMPLATE
     encoder = load_encoder(make_folder("llama", tokenizer, "lasttoken"))
-    around = int(encoder.encode([""]).tokens[0])
+    around = int(encoder.encode_texts([""]).tokens[0])
     body = len(small_vocabulary.encode("<|im_", add_special_tokens=False).ids)
-    encoded = encoder.encode(["<|im_end|>", "<|endoftext|>"])
+    encoded = encoder.encode_texts(["<|im_end|>", "<|endoftext|>"])
     assert (encoded.tokens > around + 3).all()
     assert body > 1
 
@@ -163,7 +163,7 @@ def test_template_that_changes_the_text_is_refused(make_folder: MakeFolder, smal
 
 def test_text_without_tokens_is_the_zero_vector(make_folder: MakeFolder, small_vocabulary: Tokenizer) -> None:
     encoder = load_encoder(make_folder("llama", wrapped(small_vocabulary), "lasttoken"))
-    encoded = encoder.encode(["", "a", ""])
+    encoded = encoder.encode_texts(["", "a", ""])
     assert encoded.tokens.tolist() == [0, 1, 0]
     assert not encoded.vectors[[0, 2]].any()
     assert np.isfinite(encoded.vectors).all()
@@ -171,8 +171,8 @@ def test_text_without_tokens_is_the_zero_vector(make_folder: MakeFolder, small_v
 
 def test_vectors_are_unit_length_unless_asked_otherwise(make_folder: MakeFolder, small_vocabulary: Tokenizer) -> None:
     encoder = load_encoder(make_folder("llama", wrapped(small_vocabulary), "mean"))
-    raw = encoder.encode(TEXTS, normalize=False).vectors
-    unit = encoder.encode(TEXTS).vectors
+    raw = encoder.encode_texts(TEXTS, normalize=False).vectors
+    unit = encoder.encode_texts(TEXTS).vectors
     np.testing.assert_allclose(np.linalg.norm(unit, axis=1), 1.0, atol=1e-6)
     np.testing.assert_allclose(raw / np.linalg.norm(raw, axis=1, keepdims=True), unit, atol=1e-6)
     assert np.abs(np.linalg.norm(raw, axis=1) - 1).max() > 0.1
@@ -183,10 +183,10 @@ def test_short_and_long_texts_together_are_finite_in_bf16(make_folder: MakeFolde
     folder = make_folder("qwen2", tokenizer, "lasttoken", [Normalize()])
     texts = ["ab", "fever of unknown origin " * 60]
     exact, encoder = load_encoder(folder, max_length=700), load_encoder(folder, dtype="bf16", max_length=700)
-    encoded = encoder.encode(texts)
+    encoded = encoder.encode_texts(texts)
     assert encoded.tokens.max() > 300
     assert np.isfinite(encoded.vectors).all()
-    assert (encoded.vectors * exact.encode(texts).vectors).sum(1).min() > 0.99
+    assert (encoded.vectors * exact.encode_texts(texts).vectors).sum(1).min() > 0.99
 
 
 def _encoder_of(small_vocabulary: Tokenizer, model: Any, exact: Any) -> Encoder:
@@ -216,7 +216,9 @@ def test_a_batch_that_is_not_finite_is_computed_again_in_float32(small_vocabular
         calls.append(tuple(ids.shape))
         return torch.full((ids.shape[0], 3), 2.0)
 
-    vectors = _encoder_of(small_vocabulary, overflows, exact).encode(["a", "a fever", "b"], normalize=False).vectors
+    vectors = (
+        _encoder_of(small_vocabulary, overflows, exact).encode_texts(["a", "a fever", "b"], normalize=False).vectors
+    )
     np.testing.assert_array_equal(vectors, [[1, 1, 1], [2, 2, 2], [1, 1, 1]])
     assert len(calls) == 1
 
@@ -227,7 +229,7 @@ def test_numbers_that_stay_not_finite_are_an_error_with_places_and_no_text(small
 
     encoder = _encoder_of(small_vocabulary, broken, broken)
     with pytest.raises(ModelError, match=r"for 2 of the texts \(places 1, 3\)") as caught:
-        encoder.encode(["a", "a secret fever", "b", "a secret fever"])
+        encoder.encode_texts(["a", "a secret fever", "b", "a secret fever"])
     assert "secret" not in str(caught.value)
 
 
@@ -236,6 +238,8 @@ def test_composed_and_decomposed_forms_differ_unless_normalised(
 ) -> None:
     encoder = load_encoder(make_folder("llama", wrapped(small_vocabulary), "mean"))
     composed, decomposed = "Nguyễn Văn Đức", unicodedata.normalize("NFD", "Nguyễn Văn Đức")
-    first, second, third = encoder.encode([composed, decomposed, unicodedata.normalize("NFC", decomposed)]).vectors
+    first, second, third = encoder.encode_texts(
+        [composed, decomposed, unicodedata.normalize("NFC", decomposed)]
+    ).vectors
     np.testing.assert_array_equal(first, third)
     assert np.abs(first - second).max() > 1e-3

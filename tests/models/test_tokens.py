@@ -97,12 +97,12 @@ FORKS = """
 
     texts = [f"code {number} fever" for number in range(3000)]
     encoder = load_encoder(sys.argv[1], max_length=8, threads=2)
-    before = encoder.encode(texts[:200]).vectors
+    before = encoder.encode_texts(texts[:200]).vectors
     encoder._tokenizer.tokenize(texts)
     child = os.fork()
     if child == 0:
-        after = load_encoder(sys.argv[1], max_length=8).encode(texts[:200]).vectors
-        same = encoder.encode(texts[:200]).vectors
+        after = load_encoder(sys.argv[1], max_length=8).encode_texts(texts[:200]).vectors
+        same = encoder.encode_texts(texts[:200]).vectors
         encoder._tokenizer.tokenize(texts)
         good = np.allclose(before, same, atol=1e-5) and np.allclose(before, after, atol=1e-5)
         os._exit(0 if good else 3)

@@ -54,7 +54,7 @@ def world(minilm_dir: Path, icd9: list[tuple[str, str, str]], tmp_path_factory: 
             pq.write_table(pa.table({"id": ids[rows], "text": values[rows]}), folder / name / f"{part}.parquet")
         stores.append(str(folder / f"{name}-store"))
         encode(EncodeConfig(EncoderOptions(str(minilm_dir)), str(folder / name), stores[-1], dtype="float32"))
-    vectors = tuple(encoder.encode(values).vectors for values in texts)
+    vectors = tuple(encoder.encode_texts(values).vectors for values in texts)
     return World(
         str(minilm_dir),
         str(folder / "left"),
