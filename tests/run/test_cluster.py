@@ -152,10 +152,11 @@ def test_a_killed_worker_and_a_killed_driver(
     run = command(world, pairs, output, "--ray", cluster.address, delay_s=0.3)
     process = subprocess.Popen(run, env=ENVIRONMENT)
     wait_until(lambda: len(list(output.glob("*.parquet"))) >= 4, 90)
-    (victim, *_) = [
+    victim, *_ = [
         process
-        for process in cluster.processes(cluster.nodes[1])
-        if any("_UnitActor" in part or "MapWorker" in part for part in process.cmdline())
+        for node in cluster.nodes[1:]
+        for process in cluster.processes(node)
+        if any("MapWorker" in part for part in process.cmdline())
     ]
     victim.send_signal(signal.SIGKILL)
     wait_until(lambda: len(list(output.glob("*.parquet"))) >= 12, 90)
