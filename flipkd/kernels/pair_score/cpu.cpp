@@ -49,8 +49,10 @@ constexpr int64_t LINE_BYTES = 64;
 // page tables stay in the cache: there a burst of eight lines is best.
 // Measured on Zen 4, int8, dim 128, 1 M rows, M pairs/s per thread, random | grouped by left row:
 //   into L1, burst of 2: 21 | 38        into L2, burst of 2: 40 | 57        into L2, burst of 32: 33 | 58
+// both threads, medians of 7 runs in turn:
+//   burst of 8 lines, 16 ahead: 104 | 138      24 ahead: 105 | 156      bursts of 16 lines, 32 ahead: 59 | 129
 // and 32 M rows in pages of 4 KiB:      into L2, burst of 2: 10 | 12        into L2, burst of 32: 11 | 18
-constexpr int64_t SHORT_BURST_BYTES = 8 * LINE_BYTES, SHORT_AHEAD_PAIRS = 16;
+constexpr int64_t SHORT_BURST_BYTES = 8 * LINE_BYTES, SHORT_AHEAD_PAIRS = 24;
 constexpr int64_t LONG_BURST_PAIRS = 32, LONG_AHEAD_PAIRS = 64;
 constexpr int64_t AHEAD_BYTES = 1 << 18;  // a quarter of L2: rows that wait for their turn must not push each other out
 constexpr int64_t LARGE_TABLE_BYTES = 1 << 30;
