@@ -192,7 +192,7 @@ def run_peer(root: Path, source: str, columns: Sequence[str], variant: Variant, 
     shutil.rmtree(output, ignore_errors=True)
     # A score alone is of use only in the order of the input.
     ray.data.DataContext.get_current().execution_options.preserve_order = columns == SCORE_ONLY
-    pairs = ray.data.read_parquet(str(root / source), columns=["left_id", "right_id"])
+    pairs = ray.data.read_parquet(str(root / source)).select_columns(["left_id", "right_id"])
     scored = pairs.map_batches(
         TorchScorer,
         fn_constructor_args=(str(root), columns, 1024),
