@@ -1,0 +1,31 @@
+"""``flipkd-batch``: parses, calls the library, reports."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from flipkd.cli import batch, demo
+from flipkd.errors import FlipkdError
+
+
+class _Group(click.Group):
+    """Errors that flipkd raises on purpose end in one line and their exit code, without a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except FlipkdError as error:
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(error.exit_code)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="flipkd")
+def main() -> None:
+    """Score candidate pairs of records, Parquet to Parquet."""
+
+
+for _command in (batch.encode, batch.score, batch.status, demo.demo):
+    main.add_command(_command)

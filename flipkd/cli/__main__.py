@@ -1,0 +1,5 @@
+"""``python -m flipkd.cli``."""
+
+from flipkd.cli import main
+
+main()

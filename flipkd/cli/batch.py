@@ -1,0 +1,93 @@
+"""``encode``, ``score`` and ``status``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from flipkd.cli.options import (
+    common_options,
+    encoder_options,
+    print_values,
+    records_options,
+    report_job,
+    run_options,
+    set_up_logging,
+    take_encoder,
+    take_run,
+)
+from flipkd.config import EncodeConfig, ScoreConfig
+
+
+@click.command()
+@click.option("--encoder", required=True, help="A sentence-transformers bi-encoder folder.")
+@click.option("--records", required=True, help="Parquet file or folder.")
+@click.option("--output", required=True, help="Folder of the vector store (local).")
+@records_options
+@encoder_options
+@run_options
+@common_options
+def encode(as_json: bool, log_level: str, **options: Any) -> None:
+    """Turn a record table into a memory-mapped vector store."""
+    set_up_logging(log_level)
+    from flipkd.run.encode import encode as run
+
+    config = EncodeConfig(encoder=take_encoder(options), run=take_run(options), **options)
+    report_job(run(config), config.output, as_json)
+
+
+@click.command()
+@click.option("--pairs", required=True, help="Parquet file or folder.")
+@click.option("--output", required=True, help="Folder for the scores.")
+@click.option("--left-column", default="left_id", show_default=True, help="Column of left ids.")
+@click.option("--right-column", default="right_id", show_default=True, help="Column of right ids.")
+@click.option("--left-text", default="left_text", show_default=True, help="Column of left texts, for inline pairs.")
+@click.option("--right-text", default="right_text", show_default=True, help="Column of right texts, for inline pairs.")
+@click.option("--store", help="Vector store of the left (and right) records.")
+@click.option("--right-store", help="Vector store of the right records.")
+@click.option("--encoder", help="Encoder for --records, or for inline texts.")
+@click.option("--records", help="Record table of the left (and right) records.")
+@click.option("--right-records", help="Record table of the right records.")
+@click.option("--cache", help="Folder that keeps the stores made from --records.")
+@click.option("--threshold", type=float, help="Add the column match: at least this probability (or score).")
+@click.option("--min-score", type=float, help="Write only pairs with at least this score.")
+@click.option("--top-k", type=int, help="Write only the K best pairs of each left record.")
+@click.option(
+    "--columns", metavar="NAME,...", help="Columns to write. Default: all input columns and the score columns."
+)
+@click.option("--calibration", help="JSON file with slope and intercept of the match probability.")
+@click.option("--rows-per-unit", type=int, default=4_000_000, show_default=True, help="Pairs in one work unit.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@records_options
+@encoder_options
+@run_options
+@common_options
+def score(as_json: bool, log_level: str, dry_run: bool, **options: Any) -> None:
+    """Score pairs: ids into a store, ids into record tables, or inline texts."""
+    set_up_logging(log_level)
+    encoder = take_encoder(options)
+    columns = options.pop("columns")
+    config = ScoreConfig(
+        encoder=encoder if encoder.folder else None,
+        run=take_run(options),
+        columns=None if columns is None else tuple(name.strip() for name in columns.split(",") if name.strip()),
+        **options,
+    )
+    from flipkd.run import pipeline
+
+    if dry_run:
+        print_values(pipeline.dry_run(config), as_json)
+        return
+    report_job(pipeline.score(config), config.output, as_json)
+
+
+@click.command()
+@click.argument("folder")
+@common_options
+def status(folder: str, as_json: bool, log_level: str) -> None:
+    """Say how far the job of an output FOLDER is."""
+    set_up_logging(log_level)
+    from flipkd.run.status import status as read_status
+
+    print_values(read_status(folder), as_json)
