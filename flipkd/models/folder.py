@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -121,17 +121,26 @@ def folder_fingerprint(folder: str | Path, max_length: int | None = None) -> str
         ModelError: the folder is not a bi-encoder that can be loaded.
     """
     settings = read_folder(folder)
-    digest = hashlib.sha256(repr(max_length).encode())
-    for file in sorted(_deciding_files(settings)):
-        digest.update(f"\0{file.relative_to(settings.path).as_posix()}\0{file.stat().st_size}\0".encode())
+    return _hashed(settings.path, _deciding_files({settings.path, *settings.module_paths}), repr(max_length))
+
+
+def files_fingerprint(folder: Path) -> str:
+    """Hex hash over the names and contents of the files that decide what a plain model folder computes."""
+    return _hashed(folder, _deciding_files({folder}), "")
+
+
+def _hashed(root: Path, files: Iterable[Path], options: str) -> str:
+    digest = hashlib.sha256(options.encode())
+    for file in sorted(files):
+        digest.update(f"\0{file.relative_to(root).as_posix()}\0{file.stat().st_size}\0".encode())
         with open(file, "rb") as handle:
             while block := handle.read(1 << 22):
                 digest.update(block)
     return digest.hexdigest()
 
 
-def _deciding_files(settings: ModelFolder) -> Iterator[Path]:
-    for folder in {settings.path, *settings.module_paths}:
+def _deciding_files(folders: Iterable[Path]) -> Iterator[Path]:
+    for folder in folders:
         if not folder.is_dir():  # a Normalize step often has no folder of its own
             continue
         for file in folder.iterdir():

@@ -1,0 +1,162 @@
+"""Decoder blocks over texts packed end to end, so that nothing is padded whatever lengths a batch holds.
+
+All tokens of a batch form one row: linear layers, norms and activations, which are most of the work of a short text,
+run over all of them at once. Only attention needs to know where a text ends; it runs once per text length. Texts are
+sorted by length first, so texts of one length lie side by side and a view of the row is their batch.
+
+transformers calls the attention function that a model's config names and hands it whatever keyword arguments the
+model was called with. So this works for every decoder of the library that goes through that interface, without a line
+of model code. It has no mask function of its own, so transformers builds no mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+ATTENTION = "flipkd_packed"
+
+Groups = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class PackedTexts:
+    """Token ids of N texts in one row of T tokens.
+
+    Args:
+        ids: int64 [1, T], shortest text first.
+        positions: int64 [1, T]; each text starts at 0.
+        groups: (texts, tokens of each) per length, in the order of ``ids``; texts without tokens are in none.
+        order: int64 [N]; place in the input of each text in the order of ``ids``, texts without tokens first.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    groups: Groups
+    order: Tensor
+
+
+def pack(ids: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> PackedTexts:
+    """Packs N texts; the order of equal lengths is that of the input."""
+    order = sorted(range(len(ids)), key=lambda place: len(ids[place]))
+    lengths = [len(ids[place]) for place in order]
+    groups = tuple((len(list(same)), length) for length, same in groupby(lengths) if length)
+    row = [number for place in order for number in ids[place]]
+    positions = [torch.arange(length).repeat(count) for count, length in groups]
+    return PackedTexts(
+        torch.tensor([row], dtype=torch.int64, device=device),
+        (torch.cat(positions) if positions else torch.empty(0, dtype=torch.int64))[None].to(device),
+        groups,
+        torch.tensor(order, dtype=torch.int64, device=device),
+    )
+
+
+def pool_packed(states: Tensor, packed: PackedTexts, pooling: str) -> Tensor:
+    """One vector per text, float32 [N, width] in the order of the input; zero for a text without tokens.
+
+    Args:
+        states: [1, T, width] token vectors.
+        packed: where the texts lie.
+        pooling: ``mean`` over a text's tokens, or its ``last`` token.
+    """
+    width, start = states.shape[-1], 0
+    pooled = [states.new_zeros(len(packed.order) - sum(count for count, _ in packed.groups), width).float()]
+    for count, length in packed.groups:
+        stop = start + count * length
+        part = states[0, start:stop].view(count, length, width)
+        pooled.append(part[:, -1].float() if pooling == "last" else part.float().mean(dim=1))
+        start = stop
+    return torch.cat(pooled)[packed.order.argsort()]
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    groups: Groups,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each text, in the signature of transformers' attention interface.
+
+    Args:
+        module: the attention layer.
+        query: [1, heads, T, head width].
+        key: [1, key heads, T, head width]; heads is a multiple of key heads.
+        value: like ``key``.
+        attention_mask: None; a packed row needs none.
+        groups: see ``PackedTexts``.
+        dropout: of attention weights.
+        scaling: of the products.
+        sliding_window: a token sees itself and at most this many minus one before it (Mistral, Gemma).
+        softcap: products p become softcap * tanh(p / softcap) (Gemma 2).
+
+    Returns:
+        [1, T, heads, head width], and None for the weights.
+    """
+    if attention_mask is not None:
+        raise ValueError("packed texts take no attention mask")
+    repeats = query.shape[1] // key.shape[1]
+    outputs, start = [], 0
+    for count, length in groups:
+        stop = start + count * length
+        # [1, heads, T, width] -> [count, heads, length, width], a view
+        batch = [
+            row[0, :, start:stop].view(row.shape[1], count, length, -1).transpose(0, 1) for row in (query, key, value)
+        ]
+        mask = _window_mask(length, sliding_window, query.device)
+        mixed = _attend(batch, repeats, mask, dropout, scaling, softcap)
+        outputs.append(mixed.transpose(1, 2).reshape(count * length, query.shape[1], value.shape[-1]))
+        start = stop
+    return torch.cat(outputs)[None], None
+
+
+def _window_mask(length: int, sliding_window: int | None, device: torch.device) -> Tensor | None:
+    """bool [length, length], True where a token sees another; None where plain causality says it."""
+    if sliding_window is None or length <= sliding_window:
+        return None
+    sees = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return sees.triu(1 - sliding_window)
+
+
+def _attend(
+    batch: list[Tensor],
+    repeats: int,
+    mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    softcap: float | None,
+) -> Tensor:
+    query, key, value = batch
+    if repeats > 1:
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    if softcap is None:
+        return scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
+        )
+    length = query.shape[2]
+    if mask is None:
+        mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+    products = query @ key.transpose(2, 3) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
+    products = softcap * torch.tanh(products / softcap)
+    weights = products.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32).to(query.dtype)
+    return nn.functional.dropout(weights, dropout) @ value
+
+
+def register() -> None:
+    """Makes the function known to transformers under the name ``ATTENTION``; may be called again."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION, packed_attention)
