@@ -11,11 +11,9 @@ Blocks k and above are not needed for e: they are not even loaded, unless the la
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -23,15 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
 
-from flipkd.errors import ConfigError, ModelError
-from flipkd.models.folder import files_fingerprint, find_folder
-from flipkd.models.packed import ATTENTION, pack, pool_packed, register
+from flipkd.errors import ConfigError
+from flipkd.models.packed import pack, pool_packed
 from flipkd.models.tokens import TextTokenizer, TokenizedTexts
 
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text")
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-STUDENT_FILE = "student.json"
-_WEIGHTS = "adapter_model.safetensors"
 _PACK_TOKENS = 4096
 
 
@@ -89,7 +83,7 @@ _KNOWN = {"projection": ("q", "k", "v"), "pooling": ("mean", "last"), "dtype": (
 
 
 class Student(nn.Module):
-    """A decoder with LoRA. Use ``new_student`` or ``load_student`` to get one.
+    """A decoder with LoRA. Use ``flipkd.models.adapter`` to get one.
 
     Args:
         options: what it was made of.
@@ -200,158 +194,3 @@ def cut_config(config: Any, blocks: int) -> Any:
     if getattr(cut, "max_window_layers", None) is not None:
         cut.max_window_layers = min(cut.max_window_layers, blocks)
     return cut
-
-
-def new_student(options: StudentOptions, device: str = "cpu", seed: int = 0) -> Student:
-    """Loads the base and puts fresh LoRA on it: A random, B zero.
-
-    Raises:
-        ConfigError: an option does not fit the base.
-        ModelError: the base cannot be loaded, or is of another family.
-    """
-    from peft import LoraConfig, TaskType, get_peft_model
-
-    base, tokenizer, layer, fingerprint = _load_base(options)
-    own = f"{options.projection}_proj"
-    blocks = len(base.model.layers) if options.whole_tower else layer
-    numbers = "|".join(str(number) for number in range(blocks))
-    targets = "|".join(options.target_modules)
-    head = rf"layers\.{layer}\.self_attn\.{own}"
-    config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
-        r=options.rank,
-        lora_alpha=options.alpha,
-        lora_dropout=options.dropout,
-        target_modules=rf".*layers\.({numbers})\.(self_attn|mlp)\.({targets})|.*{head}",
-        # Layer k's A is the projection, and its rank the size of a vector; its own update keeps a factor of 1.
-        rank_pattern={head: options.dimension},
-        alpha_pattern={head: options.dimension},
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = get_peft_model(base, config).to(device)
-    return Student(options, layer, model, tokenizer, fingerprint)
-
-
-def save_student(student: Student, folder: str | Path) -> None:
-    """Writes the adapter in PEFT's format, and ``student.json``: options, layer, the base's fingerprint."""
-    path = Path(folder)
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    student.model.save_pretrained(str(path), safe_serialization=True)
-    (path / "README.md").unlink(missing_ok=True)  # PEFT's model card: a form to fill in
-    facts = {"format": 1, "options": asdict(student.options), "layer": student.layer}
-    (path / STUDENT_FILE).write_text(json.dumps({**facts, "base_fingerprint": student.base_fingerprint}, indent=2))
-
-
-def load_student(folder: str | Path, base: str | None = None, device: str = "cpu") -> Student:
-    """Loads what ``save_student`` wrote.
-
-    Args:
-        folder: of the adapter.
-        base: folder of the base, where it has moved since.
-        device: where to run.
-
-    Raises:
-        ModelError: a file or a weight is missing, or the base is not the one that was trained.
-    """
-    from safetensors.torch import load_file
-
-    path = Path(folder)
-    try:
-        facts = json.loads((path / STUDENT_FILE).read_text())
-        values = {**facts["options"], "target_modules": tuple(facts["options"]["target_modules"])}
-        options = StudentOptions(**{**values, "folder": base or values["folder"]})
-        weights = load_file(path / _WEIGHTS)
-        wanted = facts["base_fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{path} holds no whole student: {type(error).__name__}: {error}") from error
-    except Exception as error:  # safetensors raises an exception class of its own
-        raise ModelError(f"{path / _WEIGHTS} cannot be read: {error}") from error
-    found = base_fingerprint(options.folder)
-    if found != wanted:
-        raise ModelError(
-            f"{path}: was trained on another base than {options.folder} (its fingerprint is {wanted[:12]}, not "
-            f"{found[:12]}); name the folder of the right one"
-        )
-    student = new_student(options, device)
-    load_adapter_weights(student, weights, str(path / _WEIGHTS))
-    return student
-
-
-def adapter_weights(student: Student) -> dict[str, Tensor]:
-    """LoRA's weights under the names that PEFT stores them by."""
-    from peft import get_peft_model_state_dict
-
-    found: dict[str, Tensor] = get_peft_model_state_dict(student.model)
-    return found
-
-
-def load_adapter_weights(student: Student, weights: dict[str, Tensor], source: str) -> None:
-    """Puts weights into a student.
-
-    Raises:
-        ModelError: one is missing, of another shape, or unknown.
-    """
-    from peft import set_peft_model_state_dict
-
-    wanted = {name: tuple(value.shape) for name, value in adapter_weights(student).items()}
-    found = {name: tuple(value.shape) for name, value in weights.items()}
-    if wanted != found:
-        differing = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-        raise ModelError(
-            f"{source}: {len(differing)} weights are missing, unknown or of another shape, first {differing[0]}"
-        )
-    set_peft_model_state_dict(student.model, weights)
-
-
-def base_fingerprint(folder: str | Path) -> str:
-    """Hash over the files of a decoder folder that decide what it computes."""
-    return files_fingerprint(find_folder(folder))
-
-
-def _load_base(options: StudentOptions) -> tuple[Any, Any, int, str]:
-    import transformers
-    from transformers.utils import logging as transformers_logging
-
-    path = find_folder(options.folder)
-    remote = {"trust_remote_code": options.trust_remote_code, "local_files_only": True}
-    register()
-    shows_bar, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()  # else it lists every weight of the blocks that are left out
-    try:
-        config = transformers.AutoConfig.from_pretrained(str(path), **remote)
-        if config.model_type not in FAMILIES:
-            raise ModelError(f"{path}: a {config.model_type} model; students are of {', '.join(FAMILIES)}")
-        depth = config.num_hidden_layers
-        layer = options.layer if options.layer is not None else max(1, round(depth / 3))
-        if layer >= depth:
-            raise ConfigError(f"--layer {layer}: the base has {depth} blocks; choose at most {depth - 1}")
-        if not options.whole_tower:
-            config = cut_config(config, layer + 1)  # blocks above are not even read
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(path), **remote)
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(
-            str(path),
-            config=config,
-            dtype=torch.bfloat16 if options.dtype == "bf16" else torch.float32,
-            attn_implementation=ATTENTION,
-            use_safetensors=True,
-            output_loading_info=True,
-            **remote,
-        )
-    except (ModelError, ConfigError):
-        raise
-    except Exception as error:  # transformers raises whatever it meets
-        raise ModelError(f"{path}: transformers cannot load this model: {type(error).__name__}: {error}") from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if shows_bar:
-            transformers_logging.enable_progress_bar()
-    missing = sorted(name for name in report["missing_keys"] if name != "lm_head.weight")
-    if missing or report.get("mismatched_keys"):
-        raise ModelError(
-            f"{path}: weights are missing or of the wrong shape, first {(missing or report['mismatched_keys'])[0]}"
-        )
-    if not getattr(tokenizer, "is_fast", False):
-        raise ModelError(f"{path}: has no fast tokenizer (tokenizer.json); save it with a fast one")
-    return model.requires_grad_(False), tokenizer, layer, base_fingerprint(path)
