@@ -128,6 +128,12 @@ class ShardReader:
         footer = self._file.metadata
         return [footer.row_group(index).num_rows for index in range(footer.num_row_groups)]
 
+    @property
+    def key_values(self) -> dict[str, str]:
+        """Key-value pairs of the footer, but for Arrow's own schema."""
+        found = self._file.metadata.metadata or {}
+        return {key.decode(): value.decode() for key, value in found.items() if key != b"ARROW:schema"}
+
     def check_columns(self, columns: Sequence[str]) -> None:
         """Refuses columns that the shard does not have, or has twice.
 

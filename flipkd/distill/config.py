@@ -1,0 +1,149 @@
+"""What ``train`` can be told; ``flipkd-batch train`` has one flag per field. Defaults are our choices."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from flipkd.config import RunOptions
+from flipkd.errors import ConfigError
+from flipkd.models.options import StudentOptions
+
+Objective = Literal["flip", "cosent", "cosent_teacher", "margin_mse", "kl", "lm"]
+OBJECTIVES: tuple[Objective, ...] = ("flip", "cosent", "cosent_teacher", "margin_mse", "kl", "lm")
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """What is minimised: ``flip`` is weight_mcl L_MCL + weight_pairs L_pairs + weight_matrix L_matrix + weight_lm L_LM.
+
+    The equations stand in ``flipkd.distill.losses``. The other objectives are for comparison in the same trainer.
+
+    Args:
+        objective: ``flip``; ``cosent`` (on labels), ``cosent_teacher`` (on teacher scores), ``margin_mse``, ``kl`` or
+            ``lm`` (the language model's loss alone).
+        weight_mcl: of the margin-aware contrastive loss.
+        weight_pairs: of the squared error between student and teacher over the pairs.
+        weight_matrix: of the row-wise KL over the in-batch matrix; needs teacher vectors, else it is left out.
+        weight_lm: of the language model's loss on the label's token. More than 0 runs the whole tower in every step;
+            the exported encoder does not need it, a decoder that judges pairs does.
+        margin_between: m_between of MCL.
+        margin_within: m_within of MCL.
+        temperature: of MCL.
+        matrix_temperature: of the in-batch matrix; also of ``kl``.
+        positive_threshold: positives that the teacher scores lower are left out of MCL as noise.
+        negative_threshold: negatives that the teacher scores higher are left out of MCL as noise.
+    """
+
+    objective: Objective = "flip"
+    weight_mcl: float = 1.0
+    weight_pairs: float = 1.0
+    weight_matrix: float = 1.0
+    weight_lm: float = 0.0
+    margin_between: float = 0.2
+    margin_within: float = 0.1
+    temperature: float = 0.05
+    matrix_temperature: float = 0.05
+    positive_threshold: float = 0.3
+    negative_threshold: float = 0.9
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise ConfigError(f"--objective must be one of {', '.join(OBJECTIVES)}, not {self.objective!r}")
+        for name in ("weight_mcl", "weight_pairs", "weight_matrix", "weight_lm", "margin_between", "margin_within"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"--{name.replace('_', '-')} must be a number of at least 0")
+        for name in ("temperature", "matrix_temperature"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ConfigError(f"--{name.replace('_', '-')} must be greater than 0")
+
+    @property
+    def trains_language_model(self) -> bool:
+        """Whether the whole tower is needed."""
+        return self.objective == "lm" or (self.objective == "flip" and self.weight_lm > 0)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Pairs with teacher scores to a student.
+
+    Args:
+        pairs: output of ``teach`` (or any Parquet with two text columns and labels or teacher scores).
+        output: folder of the run.
+        student: the base and its LoRA.
+        loss: what is minimised.
+        validation: pairs to validate on, in the form of ``pairs``; None holds some of ``pairs`` out.
+        validation_fraction: of left texts that are held out where ``validation`` is None; 0 for none.
+        left_text, right_text: the text columns; None for what ``teach`` recorded, else ``left_text``/``right_text``.
+        label_column: None takes ``label`` if there is such a column, and trains from teacher scores alone if not.
+        steps: optimizer steps.
+        batch_pairs: pairs in one step, over all workers; the in-batch matrix is over their texts.
+        accumulate: batches whose gradients are added up in one step.
+        learning_rate: highest, after warm-up.
+        warmup_fraction: of the steps with a linearly rising rate; then it falls along a cosine to 0.
+        weight_decay: AdamW's.
+        max_gradient_norm: gradients are scaled down to this norm.
+        max_tokens: tokens in one pass through the blocks. A batch that has more is computed by gradient caching: the
+            result is the same, memory is that of one pass, and each text is run forward twice.
+        gradient_checkpointing: forget activations of a block and compute them again backwards.
+        evaluate_every: steps between validations.
+        checkpoint_every: steps between checkpoints.
+        keep_checkpoints: how many are kept.
+        patience: validations without a better value after which training stops; None for never.
+        seed: of LoRA's start, of the order of pairs, of dropout.
+        log_every: steps between lines of metrics.
+        device: ``cpu``, ``cuda`` or ``auto``.
+        run: how to run; ``run.ray`` trains on ``run.workers`` Ray workers.
+    """
+
+    pairs: str
+    output: str
+    student: StudentOptions
+    loss: LossOptions = field(default_factory=LossOptions)
+    validation: str | None = None
+    validation_fraction: float = 0.05
+    left_text: str | None = None
+    right_text: str | None = None
+    label_column: str | None = None
+    steps: int = 1000
+    batch_pairs: int = 64
+    accumulate: int = 1
+    learning_rate: float = 1e-3
+    warmup_fraction: float = 0.1
+    weight_decay: float = 0.01
+    max_gradient_norm: float = 1.0
+    max_tokens: int = 8192
+    gradient_checkpointing: bool = False
+    evaluate_every: int = 100
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 2
+    patience: int | None = None
+    seed: int = 0
+    log_every: int = 10
+    device: str = "auto"
+    run: RunOptions = field(default_factory=RunOptions)
+
+    def __post_init__(self) -> None:
+        counts = ("steps", "batch_pairs", "accumulate", "max_tokens", "evaluate_every", "checkpoint_every")
+        for name in (*counts, "keep_checkpoints", "log_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        if self.batch_pairs < 2:
+            raise ConfigError("--batch-pairs must be at least 2: every loss compares pairs")
+        if self.patience is not None and self.patience < 1:
+            raise ConfigError("--patience must be at least 1")
+        for name in ("validation_fraction", "warmup_fraction"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} must be from 0 to less than 1")
+        for name in ("learning_rate", "max_gradient_norm"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ConfigError(f"--{name.replace('_', '-')} must be greater than 0")
+        if self.loss.trains_language_model and not self.student.whole_tower:
+            raise ConfigError("the language model's loss needs the whole tower: pass --whole-tower")
+
+    def deciding(self) -> dict[str, Any]:
+        """Every option that decides the result, as plain values."""
+        values = asdict(self)
+        for name in ("run", "output", "log_every", "keep_checkpoints"):
+            del values[name]
+        return values

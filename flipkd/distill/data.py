@@ -1,0 +1,256 @@
+"""Training pairs: what ``teach`` wrote, as distinct texts and places of them.
+
+The texts are tokenised once, and the teacher's vectors are read, never computed again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from flipkd.data.commit import read_json
+from flipkd.data.location import Location, open_location
+from flipkd.data.pairs import distinct_texts
+from flipkd.data.records import text_digests
+from flipkd.data.shards import Shard, ShardReader, find_shards
+from flipkd.data.teacher_scores import TEACHER_SCORE, TEACHER_VECTORS, TeacherFacts, read_teacher_facts
+from flipkd.errors import ConfigError, InputError
+from flipkd.run.manifest import MANIFEST
+from flipkd.run.units import fingerprint
+from flipkd.vectors.store import VectorStore
+
+logger = logging.getLogger(__name__)
+
+_BATCH_ROWS = 1 << 16
+_LABEL = "label"
+
+
+@dataclass(frozen=True)
+class TrainingPairs:
+    """P pairs over N distinct texts.
+
+    Args:
+        texts: N normalised texts.
+        left: [P] place of the left text.
+        right: [P] place of the right text.
+        labels: [P] float32 1 or 0; None without labels.
+        teacher: [P] float32 teacher scores, as similarities (a logit as its sigmoid); None without a teacher.
+        teacher_vectors: [N, D] float32 unit rows; None where the teacher gives none.
+        facts: of the teacher.
+        skipped: pairs left out, per reason.
+        fingerprint: of the files.
+    """
+
+    texts: list[str]
+    left: npt.NDArray[np.int64]
+    right: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.float32] | None
+    teacher: npt.NDArray[np.float32] | None
+    teacher_vectors: npt.NDArray[np.float32] | None
+    facts: TeacherFacts | None = None
+    skipped: dict[str, int] = field(default_factory=dict)
+    fingerprint: str = ""
+
+    def __len__(self) -> int:
+        return len(self.left)
+
+    def subset(self, pairs: npt.NDArray[Any]) -> TrainingPairs:
+        """Some of the pairs, over the texts that they need."""
+        left, right = self.left[pairs], self.right[pairs]
+        used, places = np.unique(np.concatenate([left, right]), return_inverse=True)
+        return TrainingPairs(
+            [self.texts[place] for place in used],
+            places[: len(left)],
+            places[len(left) :],
+            None if self.labels is None else self.labels[pairs],
+            None if self.teacher is None else self.teacher[pairs],
+            None if self.teacher_vectors is None else self.teacher_vectors[used],
+            self.facts,
+            self.skipped,
+            self.fingerprint,
+        )
+
+
+def read_training_pairs(
+    path: str, left_text: str | None = None, right_text: str | None = None, label_column: str | None = None
+) -> TrainingPairs:
+    """Reads pairs with labels, teacher scores, or both.
+
+    Args:
+        path: Parquet file or folder; usually the output of ``teach``.
+        left_text: column of left texts; None for what ``teach`` recorded, else ``left_text``.
+        right_text: column of right texts.
+        label_column: None takes ``label`` if there is one.
+
+    Raises:
+        ConfigError: a column is missing or of a type that cannot be used, or there is neither label nor teacher score.
+        InputError: a file cannot be read, a label is null or not 0 or 1 (named by file and row), or the teacher scores
+            of several teachers or scales are mixed.
+    """
+    location = open_location(path)
+    shards = find_shards(location)
+    facts = read_teacher_facts(location, shards)
+    recorded = facts.text_columns if facts is not None else ("left_text", "right_text")
+    names = (left_text or recorded[0], right_text or recorded[1])
+    with ShardReader(location, shards[0]) as reader:
+        known = reader.schema.names
+    label = label_column if label_column is not None else (_LABEL if _LABEL in known else None)
+    has_scores = TEACHER_SCORE in known
+    if label is None and not has_scores:
+        raise ConfigError(
+            f"{path} has neither a column {_LABEL!r} nor {TEACHER_SCORE!r}: name the labels with --label-column, or "
+            "run flipkd-batch teach on the pairs first"
+        )
+    columns = list(dict.fromkeys([*names, *([label] if label else []), *([TEACHER_SCORE] if has_scores else [])]))
+    places: dict[str, int] = {}
+    parts = [_read_shard(location, shard, columns, names, label, has_scores, places) for shard in shards]
+    left, right = (np.concatenate([part.sides[side] for part in parts]) for side in (0, 1))
+    labels, scores = (np.concatenate([part.values[kind] for part in parts]) for kind in (0, 1))
+    missing, unscored = (left < 0) | (right < 0), np.isnan(scores) if has_scores else np.zeros(len(left), np.bool_)
+    reasons = {"missing_or_invalid_text": missing, "no_teacher_score": unscored & ~missing}
+    skipped = {reason: int(np.count_nonzero(rows)) for reason, rows in reasons.items() if rows.any()}
+    kept = np.flatnonzero(~missing & ~unscored)
+    if not len(kept):
+        raise InputError(f"{path} holds no pair that can be trained on: {skipped or 'it is empty'}")
+    if skipped:
+        logger.warning("%s: pairs left out: %s", path, skipped)
+    texts = list(places)
+    return TrainingPairs(
+        texts,
+        left[kept],
+        right[kept],
+        None if label is None else labels[kept],
+        _similarities(scores[kept], facts) if has_scores else None,
+        _teacher_vectors(location, texts),
+        facts,
+        skipped,
+        fingerprint({"shards": [(shard.name, shard.size_bytes, shard.modified_ns) for shard in shards]}),
+    )
+
+
+def hold_out(pairs: TrainingPairs, fraction: float, seed: int) -> tuple[TrainingPairs, TrainingPairs | None]:
+    """Training and validation pairs: pairs of one left text go to one side. None for the second where it is empty.
+
+    A right text may stand on both sides; for a split by groups of your own give validation pairs of their own.
+    """
+    lefts = np.unique(pairs.left)
+    count = round(fraction * len(lefts))
+    if not count or count == len(lefts):
+        return pairs, None
+    held = np.random.default_rng([seed, 1]).choice(lefts, count, replace=False)
+    is_held = np.isin(pairs.left, held)
+    return pairs.subset(np.flatnonzero(~is_held)), pairs.subset(np.flatnonzero(is_held))
+
+
+def epoch_order(pairs: TrainingPairs, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    """The order of pairs in an epoch, [P]: left texts shuffled, the pairs of one left text together.
+
+    Together, since a batch then encodes that text once for all of its pairs, and MCL compares its match with its near
+    misses. A function of seed and epoch, so that a resumed run needs no state to find its place.
+    """
+    rank = np.random.default_rng([seed, 2, epoch]).permutation(len(pairs.texts))
+    return np.argsort(rank[pairs.left], kind="stable")
+
+
+def batch_pairs(pairs: TrainingPairs, seed: int, number: int, size: int) -> npt.NDArray[np.int64]:
+    """Places of the pairs of batch ``number``, counted from 0 through all epochs, [size]."""
+    start, chosen = number * size, []
+    while size:
+        epoch, offset = divmod(start, len(pairs))
+        part = epoch_order(pairs, seed, epoch)[offset : offset + size]
+        chosen.append(part)
+        start, size = start + len(part), size - len(part)
+    return np.concatenate(chosen)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows of one shard: places of the left and right texts (-1: none), and labels and teacher scores (NaN: none)."""
+
+    sides: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
+    values: tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
+
+
+def _read_shard(
+    location: Location,
+    shard: Shard,
+    columns: Sequence[str],
+    names: tuple[str, str],
+    label: str | None,
+    has_scores: bool,
+    places: dict[str, int],
+) -> _Part:
+    """Reads one shard; its new texts are added to ``places``."""
+    with ShardReader(location, shard) as reader:
+        rows = reader.row_group_rows
+        whole = (0, len(rows))
+        table = pa.concat_tables(reader.batches(columns, _BATCH_ROWS, row_groups=whole, skip_rows=0, rows=sum(rows)))
+    sides = []
+    for name in names:
+        texts, indices = distinct_texts(table.column(name), name)
+        own = [-1 if text is None else places.setdefault(text, len(places)) for text in texts.values.to_pylist()]
+        sides.append(np.array(own, np.int64)[indices])
+    nothing = np.full(table.num_rows, np.nan, np.float32)
+    labels, scores = nothing, nothing
+    if label is not None:
+        labels = read_labels(table.column(label), label, f"{shard.name} of {location.uri}").to_numpy()
+    if has_scores:
+        scores = table.column(TEACHER_SCORE).cast(pa.float32()).to_numpy()
+    return _Part((sides[0], sides[1]), (labels, scores))
+
+
+def read_labels(column: pa.ChunkedArray, name: str, source: str) -> pa.ChunkedArray:
+    """Labels as float32 1 or 0, from integers, floats, booleans, or the strings "0" and "1".
+
+    Raises:
+        ConfigError: the column's type has no such form.
+        InputError: a label is null or another number; named by file and row.
+    """
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if pa.types.is_boolean(kind):
+        values = column.cast(pa.int8()).cast(pa.float32())
+    elif pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+        values = column.cast(kind).cast(pa.float32(), safe=False)
+    elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        text = column.cast(pa.large_string())
+        values = pc.if_else(pc.equal(text, "1"), 1.0, pc.if_else(pc.equal(text, "0"), 0.0, float("nan")))
+        values = values.cast(pa.float32())
+    else:
+        raise ConfigError(f"{source}: label column {name!r} has type {kind}; cast it to an integer of 0 or 1")
+    bad = pc.fill_null(pc.invert(pc.is_in(values, pa.array([0.0, 1.0], pa.float32()))), True)
+    if pc.any(bad).as_py():
+        row = pc.index(bad, True).as_py()
+        what = "is null" if not column[row].is_valid else "is neither 0 nor 1"
+        raise InputError(f"{source}: label column {name!r} {what} in row {row}; mend it, or drop the row")
+    return values
+
+
+def _similarities(scores: npt.NDArray[Any], facts: TeacherFacts | None) -> npt.NDArray[np.float32]:
+    """Teacher scores as similarities of at most 1: cosines and probabilities as they are, a logit's sigmoid."""
+    values = scores.astype(np.float32)
+    if facts is not None and facts.scale == "logit":
+        values = (1 / (1 + np.exp(-values.astype(np.float64)))).astype(np.float32)
+    return values
+
+
+def _teacher_vectors(location: Location, texts: Sequence[str]) -> npt.NDArray[np.float32] | None:
+    folder = location.child(TEACHER_VECTORS)
+    if not location.is_local or read_json(folder, "store.json") is None:
+        return None
+    manifest = read_json(location, MANIFEST)
+    if manifest is None:
+        raise InputError(f"{location.uri} holds teacher vectors but no {MANIFEST}: run teach again, it goes on")
+    store = VectorStore.open(folder.path)
+    key = bytes.fromhex(manifest["fingerprint"])
+    digests = pa.chunked_array([text_digests(pa.array(texts, pa.large_string()), key)])
+    rows = store.index.look_up(digests, column="text", threads=1)
+    if len(rows) and rows.min() < 0:
+        raise InputError(f"{folder.uri} lacks the vectors of {int((rows < 0).sum())} texts: run teach again")
+    return np.asarray(store.rows.values[rows], np.float32)
