@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from flipkd.errors import ModelError
 from flipkd.models.bert import load_bert
-from flipkd.models.folder import ModelFolder
+from flipkd.models.folder import ModelFolder, TransformerFolder
 
 # Encoder-decoder families of which the encoder alone can be loaded; sentence-transformers does the same.
 _ENCODER_CLASSES = {
@@ -49,17 +49,30 @@ def load_backbone(folder: ModelFolder, dtype: torch.dtype, device: torch.device,
         bert = load_bert(folder.transformer_path, dtype, device)
         if bert is not None:
             return Backbone(bert, bert.width, bert.position_limit)
-    model = _load_model(folder, dtype, trust_remote_code).to(device).eval()
+    model = load_pretrained(folder, dtype, trust_remote_code).to(device).eval()
 
     def states(ids: Tensor) -> Tensor:
         # No mask: nothing is padded, so every token counts. Causal models still mask the future by themselves.
         output: Tensor = model(input_ids=ids).last_hidden_state
         return output
 
-    return Backbone(states, int(model.config.get_text_config().hidden_size), _position_limit(model))
+    return Backbone(states, int(model.config.get_text_config().hidden_size), position_limit(model))
 
 
-def _load_model(folder: ModelFolder, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+def load_pretrained(
+    folder: TransformerFolder, dtype: torch.dtype, trust_remote_code: bool, auto_class: str = "AutoModel"
+) -> Any:
+    """Loads the transformer of a folder with transformers, on the CPU, from safetensors only, without a cache.
+
+    Args:
+        folder: where it is.
+        dtype: of its weights and arithmetic.
+        trust_remote_code: whether Python code in the folder may run.
+        auto_class: transformers' class that knows the class of the model.
+
+    Raises:
+        ModelError: transformers cannot load it, weights are missing, or it needs code of its own and may not run it.
+    """
     import transformers
     from transformers.utils import logging as transformers_logging
 
@@ -72,13 +85,13 @@ def _load_model(folder: ModelFolder, dtype: torch.dtype, trust_remote_code: bool
         )
         if hasattr(config, "use_cache"):
             config.use_cache = False
-        name = "AutoModel"
+        name = auto_class
         if getattr(config, "is_encoder_decoder", False):
-            if config.model_type not in _ENCODER_CLASSES:
+            if config.model_type not in _ENCODER_CLASSES or auto_class != "AutoModel":
                 raise ModelError(f"{path}: encoder-decoder model {config.model_type} is not supported")
             name = _ENCODER_CLASSES[config.model_type]
         settings: dict[str, Any] = dict(folder.model_settings)
-        if name == "AutoModel":
+        if name.startswith("Auto"):
             settings["trust_remote_code"] = trust_remote_code
         model, report = getattr(transformers, name).from_pretrained(
             path,
@@ -108,7 +121,7 @@ def _load_model(folder: ModelFolder, dtype: torch.dtype, trust_remote_code: bool
     return model
 
 
-def _position_limit(model: nn.Module) -> int | None:
+def position_limit(model: nn.Module) -> int | None:
     """Longest input that a table of learned positions allows."""
     for module in model.modules():
         table = getattr(module, "position_embeddings", None) or getattr(module, "wpe", None)

@@ -7,21 +7,18 @@ neighbours.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flipkd.errors import ConfigError, ModelError
-from flipkd.models.folder import ModelFolder, folder_fingerprint, read_folder
-from flipkd.models.tokenizer import load_tokenizer, text_tokenizer
+from flipkd.errors import ConfigError
+from flipkd.models.folder import folder_fingerprint, read_folder
+from flipkd.models.parallel import loaded_at_first_use, not_finite, run_batches
+from flipkd.models.tokenizer import load_tokenizer, longest_input, text_tokenizer
 from flipkd.models.tokens import TextTokenizer, TokenizedTexts, equal_length_batches, tokenized_chunks
 
 if TYPE_CHECKING:
@@ -125,63 +122,17 @@ class Encoder:
                 tokens[start : start + len(chunk.ids)] = [len(ids) for ids in chunk.ids]
                 yield start, chunk
 
-        with closing(self._computed(equal_length_batches(noted(), max_tokens))) as batches:
-            for places, found, finite in batches:
+        batches = equal_length_batches(noted(), max_tokens)
+        with closing(run_batches(batches, self._model, self._exact_model, self.device, self.threads)) as results:
+            for places, found, finite in results:
                 if not finite.all():
-                    # By place in the input, not by text: records are private.
-                    bad = np.flatnonzero(np.isin(rows, places[~finite]))
-                    shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
-                    raise ModelError(
-                        f"the encoder gives numbers that are not finite, in float32 too, for {len(bad)} of the texts "
-                        f"(places {shown}); its weights or the texts are out of range"
-                    )
+                    raise not_finite("encoder", "texts", rows, places[~finite])
                 vectors[places] = found
         if normalize:
             vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         if len(distinct) == len(texts):
             return EncodedTexts(vectors, truncated, tokens)
         return EncodedTexts(vectors[rows], truncated[rows], tokens[rows])
-
-    def _computed(
-        self, batches: Iterable[tuple[np.ndarray, np.ndarray]]
-    ) -> Generator[tuple[np.ndarray, np.ndarray, np.ndarray], None, None]:
-        """Runs the model over batches (places, ids), several at once; yields places, vectors and which are finite.
-
-        On a CPU each batch has one thread to itself. So no thread waits for another inside every operation, which is
-        slow for small batches and slower still on a shared machine, and vectors do not depend on the number of threads.
-        """
-        import torch
-
-        on_cpu = self.device.type == "cpu"
-        own_threads = torch.get_num_threads()
-        waiting: deque[tuple[np.ndarray, Future[tuple[np.ndarray, np.ndarray]]]] = deque()
-        try:
-            with ThreadPoolExecutor(
-                self.threads, "flipkd-encode", partial(torch.set_num_threads, 1) if on_cpu else None
-            ) as pool:
-                for places, ids in batches:
-                    waiting.append((places, pool.submit(self._encode_batch, ids)))
-                    if len(waiting) > 2 * self.threads:
-                        first, done = waiting.popleft()
-                        yield first, *done.result()
-                while waiting:
-                    first, done = waiting.popleft()
-                    yield first, *done.result()
-        finally:
-            torch.set_num_threads(own_threads)  # what threads that start later take over
-
-    def _encode_batch(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Vectors of a batch, and which of them are finite."""
-        import torch
-
-        with torch.inference_mode():
-            batch = torch.from_numpy(ids).to(self.device)
-            found: np.ndarray = self._model(batch).cpu().numpy()
-            finite = np.isfinite(found).all(axis=1)
-            if not finite.all() and self._exact_model is not None:
-                found = self._exact_model(batch).cpu().numpy()
-                finite = np.isfinite(found).all(axis=1)
-            return found, finite
 
 
 def load_encoder(
@@ -207,13 +158,7 @@ def load_encoder(
         ConfigError: an argument is out of range.
         ModelError: the folder cannot be loaded; the message names the file and the way out.
     """
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype {dtype!r} is not known; choose from {', '.join(DTYPES)}")
-    if device not in DEVICES:
-        raise ConfigError(f"device {device!r} is not known; choose from {', '.join(DEVICES)}")
-    for name, number in (("max_length", max_length), ("threads", threads)):
-        if number is not None and number < 1:
-            raise ConfigError(f"{name} must be at least 1, not {number}")
+    check_options(dtype, device, max_length, threads)
     settings = read_folder(folder)  # before torch is imported, so that a wrong folder is reported at once
 
     import torch
@@ -221,14 +166,10 @@ def load_encoder(
     from flipkd.models.backbone import load_backbone
     from flipkd.models.pooling import load_head, output_width, pool
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    place = torch.device(device)
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device 'cuda' was asked for, but torch sees no CUDA device; use cpu or auto")
+    place = find_device(device)
     transformers_tokenizer = load_tokenizer(settings, trust_remote_code)
     backbone = load_backbone(settings, torch.bfloat16 if dtype == "bf16" else torch.float32, place, trust_remote_code)
-    limit = _max_length(settings, transformers_tokenizer, backbone.position_limit, max_length)
+    limit = longest_input(settings, transformers_tokenizer, backbone.position_limit, max_length)
     tokenizer = text_tokenizer(settings, transformers_tokenizer, limit)
     head = load_head(settings, place)
     skip = tokenizer.prompt_tokens if settings.prompt and not settings.pools_prompt else 0
@@ -242,20 +183,13 @@ def load_encoder(
 
         return model
 
-    def exact_model(ids: torch.Tensor) -> torch.Tensor:
-        # Loaded when the first number overflows, and then kept: most runs never need it.
-        with loading:
-            if not exact:
-                exact.append(through(load_backbone(settings, torch.float32, place, trust_remote_code).states))
-        return exact[0](ids)
+    def exact() -> Callable[[torch.Tensor], torch.Tensor]:
+        return through(load_backbone(settings, torch.float32, place, trust_remote_code).states)
 
-    exact: list[Callable[[torch.Tensor], torch.Tensor]] = []
-    loading = Lock()
-    model = through(backbone.states)
     return Encoder(
         tokenizer=tokenizer,
-        model=model,
-        exact_model=exact_model if dtype == "bf16" else None,
+        model=through(backbone.states),
+        exact_model=loaded_at_first_use(exact) if dtype == "bf16" else None,
         dim=output_width(settings, backbone.width),
         max_length=limit,
         dtype=dtype,
@@ -265,16 +199,32 @@ def load_encoder(
     )
 
 
-def _max_length(settings: ModelFolder, tokenizer: Any, position_limit: int | None, wanted: int | None) -> int | None:
-    """The effective maximum length: what was asked for, else what the folder says, at most what the model can take."""
-    if wanted is not None:
-        if position_limit is not None and wanted > position_limit:
-            raise ConfigError(f"max_length {wanted} is more than the {position_limit} positions of this model")
-        return wanted
-    limit = settings.max_length
-    if limit is None and settings.truncates:
-        # transformers writes a huge number where a tokenizer has no limit.
-        limit = tokenizer.model_max_length if tokenizer.model_max_length < 1e9 else None
-    if position_limit is not None:
-        limit = min(limit or position_limit, position_limit)
-    return limit
+def check_options(dtype: str, device: str, max_length: int | None, threads: int | None) -> None:
+    """Refuses what ``load_encoder`` and its like cannot be told.
+
+    Raises:
+        ConfigError: names the argument and what it may be.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is not known; choose from {', '.join(DTYPES)}")
+    if device not in DEVICES:
+        raise ConfigError(f"device {device!r} is not known; choose from {', '.join(DEVICES)}")
+    for name, number in (("max_length", max_length), ("threads", threads)):
+        if number is not None and number < 1:
+            raise ConfigError(f"{name} must be at least 1, not {number}")
+
+
+def find_device(device: str) -> torch.device:
+    """The device that "cpu", "cuda" or "auto" (CUDA if there is a device) stands for.
+
+    Raises:
+        ConfigError: there is no CUDA device.
+    """
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    place = torch.device(device)
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device 'cuda' was asked for, but torch sees no CUDA device; use cpu or auto")
+    return place

@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from flipkd.errors import ModelError
 from flipkd.models.settings import (
@@ -45,6 +45,23 @@ _DECIDING_NAMES = {
     *TRANSFORMER_CONFIGS,
 }
 _DECIDING_SUFFIXES = (".safetensors", ".safetensors.index.json", ".model", ".py")
+
+
+class TransformerFolder(Protocol):
+    """What loading the transformer and the tokenizer of a folder needs to know; see ``ModelFolder``."""
+
+    @property
+    def transformer_path(self) -> Path: ...
+    @property
+    def max_length(self) -> int | None: ...
+    @property
+    def truncates(self) -> bool: ...
+    @property
+    def model_settings(self) -> Mapping[str, Any]: ...
+    @property
+    def tokenizer_settings(self) -> Mapping[str, Any]: ...
+    @property
+    def config_settings(self) -> Mapping[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -121,12 +138,18 @@ def folder_fingerprint(folder: str | Path, max_length: int | None = None) -> str
         ModelError: the folder is not a bi-encoder that can be loaded.
     """
     settings = read_folder(folder)
-    return _hashed(settings.path, _deciding_files({settings.path, *settings.module_paths}), repr(max_length))
+    return files_fingerprint(settings.path, {settings.path, *settings.module_paths}, repr(max_length))
 
 
-def files_fingerprint(folder: Path) -> str:
-    """Hex hash over the names and contents of the files that decide what a plain model folder computes."""
-    return _hashed(folder, _deciding_files({folder}), "")
+def files_fingerprint(folder: Path, folders: Iterable[Path] | None = None, options: str = "") -> str:
+    """Hex hash over the names and contents of the files that decide what a model folder computes, and over ``options``.
+
+    Args:
+        folder: a plain model folder, or the root of ``folders``.
+        folders: where the files lie, when not in ``folder`` itself.
+        options: whatever else decides what is computed.
+    """
+    return _hashed(folder, _deciding_files({folder} if folders is None else folders), options)
 
 
 def _hashed(root: Path, files: Iterable[Path], options: str) -> str:
@@ -159,7 +182,7 @@ def read_folder(folder: str | Path) -> ModelFolder:
     kind = main.get("model_type", "SentenceTransformer")
     if kind != "SentenceTransformer":
         raise ModelError(f"{path}: a {kind} model; only bi-encoders (SentenceTransformer) give one vector per text")
-    modules = _read_modules(path)
+    modules = read_modules(path)
     if not modules or modules[0][0] != "Transformer":
         raise ModelError(
             f"{path}/modules.json: the first module must be Transformer, not {modules[0][0] if modules else 'nothing'}"
@@ -180,14 +203,7 @@ def read_folder(folder: str | Path) -> ModelFolder:
     pooling = read_json(modules[1][1] / "config.json")
     transformer_path = modules[0][1]
     settings = read_transformer(transformer_path)
-    if (transformer_path / "adapter_config.json").exists():
-        raise ModelError(f"{transformer_path}: holds an adapter; merge it (merge_and_unload) and save the whole model")
-    if not any(transformer_path.glob("*.safetensors")):
-        other = "only pytorch_model.bin" if (transformer_path / "pytorch_model.bin").exists() else "no weights"
-        raise ModelError(
-            f"{transformer_path}: has {other}, and only safetensors are read, as other formats can run code; "
-            "load it where you trust it and save it again with save_pretrained(..., safe_serialization=True)"
-        )
+    check_weights(transformer_path)
     prompts, default_prompt = main.get("prompts") or {}, main.get("default_prompt_name")
     if default_prompt is not None and default_prompt not in prompts:
         raise ModelError(
@@ -206,7 +222,28 @@ def read_folder(folder: str | Path) -> ModelFolder:
     )
 
 
-def _read_modules(path: Path) -> list[tuple[str, Path]]:
+def check_weights(path: Path) -> None:
+    """Refuses a folder that does not hold a whole model as safetensors.
+
+    Raises:
+        ModelError: names the folder, what it holds and the way out.
+    """
+    if (path / "adapter_config.json").exists():
+        raise ModelError(f"{path}: holds an adapter; merge it (merge_and_unload) and save the whole model")
+    if not any(path.glob("*.safetensors")):
+        other = "only pytorch_model.bin" if (path / "pytorch_model.bin").exists() else "no weights"
+        raise ModelError(
+            f"{path}: has {other}, and only safetensors are read, as other formats can run code; "
+            "load it where you trust it and save it again with save_pretrained(..., safe_serialization=True)"
+        )
+
+
+def read_modules(path: Path) -> list[tuple[str, Path]]:
+    """Names and folders of the steps in ``modules.json``, in order.
+
+    Raises:
+        ModelError: there is none, it cannot be read, or a step is of a kind that we do not know.
+    """
     file = path / "modules.json"
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))

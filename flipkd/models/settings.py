@@ -76,28 +76,38 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def read_transformer(path: Path) -> dict[str, Any]:
+# What a model of each task gives, and what its step is called: the only settings under which our forward is right.
+_TASKS = {
+    "feature-extraction": ("last_hidden_state", "token_embeddings"),
+    "sequence-classification": ("logits", "scores"),
+}
+
+
+def read_transformer(path: Path, task: str = "feature-extraction") -> dict[str, Any]:
+    """The Transformer step of a bi-encoder, or (task ``sequence-classification``) of a cross-encoder.
+
+    Raises:
+        ModelError: a setting that we do not know, by name.
+    """
+    wanted_output, wanted_name = _TASKS[task]
     file = next((path / name for name in TRANSFORMER_CONFIGS if (path / name).exists()), path / TRANSFORMER_CONFIGS[0])
     config = read_json(file)
-    task = config.get("transformer_task", "feature-extraction")
-    if task != "feature-extraction":
-        raise ModelError(f"{file}: transformer_task {task!r} is not supported; a bi-encoder has 'feature-extraction'")
+    if config.get("transformer_task", task) != task:
+        raise ModelError(f"{file}: transformer_task {config['transformer_task']!r} is not supported; expected {task!r}")
     if config.get("tokenizer_name_or_path"):
         raise ModelError(f"{file}: tokenizer_name_or_path is not supported; save the tokenizer in the folder itself")
     # Folders from before modality_config knew only plain text: a chat template in them was never applied.
-    modalities = config.get("modality_config") or {
-        "text": {"method": "forward", "method_output_name": "last_hidden_state"}
-    }
+    modalities = config.get("modality_config") or {"text": {"method": "forward", "method_output_name": wanted_output}}
     modality = "message" if "message" in modalities else "text"
     if modality not in modalities:
         raise ModelError(f"{file}: modality_config has neither text nor message, but {', '.join(modalities)}")
     wanted = modalities[modality]
     output = wanted.get("method_output_name")
-    if wanted.get("method") != "forward" or output not in ("last_hidden_state", ["last_hidden_state"]):
+    if wanted.get("method") != "forward" or output not in (wanted_output, [wanted_output]):
         raise ModelError(
-            f"{file}: modality_config {modality}: only method forward with output last_hidden_state is supported"
+            f"{file}: modality_config {modality}: only method forward with output {wanted_output} is supported"
         )
-    if config.get("module_output_name", "token_embeddings") != "token_embeddings":
+    if config.get("module_output_name", wanted_name) != wanted_name:
         raise ModelError(f"{file}: module_output_name {config['module_output_name']!r} is not supported")
     message_format = wanted.get("format") if modality == "message" else None
     if modality == "message" and message_format not in ("flat", "structured"):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from flipkd.errors import ModelError
-from flipkd.models.folder import ModelFolder
+from flipkd.errors import ConfigError, ModelError
+from flipkd.models.folder import ModelFolder, TransformerFolder
 from flipkd.models.tokens import PROBES, Frame, TextTokenizer
 
 
-def load_tokenizer(settings: ModelFolder, trust_remote_code: bool) -> Any:
+def load_tokenizer(settings: TransformerFolder, trust_remote_code: bool) -> Any:
     """The folder's tokenizer as a transformers object.
 
     Raises:
@@ -27,6 +27,27 @@ def load_tokenizer(settings: ModelFolder, trust_remote_code: bool) -> Any:
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(f"{path}: has no fast tokenizer (tokenizer.json); save it with a fast one")
     return tokenizer
+
+
+def longest_input(
+    settings: TransformerFolder, tokenizer: Any, position_limit: int | None, wanted: int | None
+) -> int | None:
+    """The effective maximum length: what was asked for, else what the folder says, at most what the model can take.
+
+    Raises:
+        ConfigError: what was asked for is more than the model can take.
+    """
+    if wanted is not None:
+        if position_limit is not None and wanted > position_limit:
+            raise ConfigError(f"max_length {wanted} is more than the {position_limit} positions of this model")
+        return wanted
+    limit = settings.max_length
+    if limit is None and settings.truncates:
+        # transformers writes a huge number where a tokenizer has no limit.
+        limit = tokenizer.model_max_length if tokenizer.model_max_length < 1e9 else None
+    if position_limit is not None:
+        limit = min(limit or position_limit, position_limit)
+    return limit
 
 
 def text_tokenizer(settings: ModelFolder, tokenizer: Any, max_length: int | None) -> TextTokenizer:

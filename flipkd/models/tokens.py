@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -23,6 +24,8 @@ from tokenizers.normalizers import Sequence as NormalizerSequence
 from flipkd.errors import ModelError
 
 CHUNK_TEXTS = 1024
+Input = TypeVar("Input", contravariant=True)
+Tokens = TypeVar("Tokens", covariant=True)
 PROBES = ("flipkd probe 0", "Wholly different: 17 | b")
 
 
@@ -79,9 +82,9 @@ class TextTokenizer:
         restores_suffix: bool = False,
         unknown: int | None = None,
     ) -> None:
-        self._plain = _copy(backend, lower_case)
+        self._plain = plain_copy(backend, lower_case)
         self._plain.encode_special_tokens = True
-        self._framed = _copy(backend, lower_case)
+        self._framed = plain_copy(backend, lower_case)
         self._framed.encode_special_tokens = False
         self._frame = frame or Frame()
         self._has_frame = self._frame != Frame()
@@ -165,7 +168,8 @@ class TextTokenizer:
         return first[len(first) - count :] if 0 < count < min(len(first), len(second)) else []
 
 
-def _copy(backend: Tokenizer, lower_case: bool) -> Tokenizer:
+def plain_copy(backend: Tokenizer, lower_case: bool) -> Tokenizer:
+    """A copy that neither pads nor truncates, and lower-cases first where asked."""
     copy = Tokenizer.from_str(backend.to_str())
     copy.no_padding()
     copy.no_truncation()
@@ -194,7 +198,13 @@ def _template(backend: Tokenizer) -> tuple[list[int], list[int]]:
     return head, tail
 
 
-def tokenized_chunks(tokenizer: TextTokenizer, texts: Sequence[str]) -> Iterator[tuple[int, TokenizedTexts]]:
+class Tokenizes(Protocol[Input, Tokens]):
+    """A tokenizer of texts, or of pairs of them."""
+
+    def tokenize(self, texts: Sequence[Input], /) -> Tokens: ...
+
+
+def tokenized_chunks(tokenizer: Tokenizes[Input, Tokens], texts: Sequence[Input]) -> Iterator[tuple[int, Tokens]]:
     """Tokenises in chunks, the next ones in a thread while the caller works on this one (the tokenizer frees the GIL).
 
     Yields:
@@ -206,7 +216,7 @@ def tokenized_chunks(tokenizer: TextTokenizer, texts: Sequence[str]) -> Iterator
             yield 0, tokenizer.tokenize(texts)
         return
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="flipkd-tokenize") as pool:
-        waiting: deque[tuple[int, Future[TokenizedTexts]]] = deque()
+        waiting: deque[tuple[int, Future[Tokens]]] = deque()
         for start in starts:
             waiting.append((start, pool.submit(tokenizer.tokenize, texts[start : start + CHUNK_TEXTS])))
             if len(waiting) > 2:

@@ -1,0 +1,115 @@
+"""Runs a model over batches, several at once, with a second try in float32 where bf16 overflows.
+
+Importing this imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from threading import Lock
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from flipkd.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+    # Tensors of one batch, the first of them ids int64 [rows, tokens], to numbers float32 [rows, width].
+    Model = Callable[..., torch.Tensor]
+
+
+def run_batches(
+    batches: Iterable[tuple[np.ndarray, ...]],
+    model: Model,
+    exact_model: Model | None,
+    device: torch.device,
+    threads: int,
+) -> Generator[tuple[np.ndarray, np.ndarray, np.ndarray], None, None]:
+    """Runs a model over batches, in their order.
+
+    On a CPU each batch has one thread to itself. So no thread waits for another inside every operation, which is slow
+    for small batches and slower still on a shared machine, and results do not depend on the number of threads.
+
+    Args:
+        batches: the places int64 [rows] of a batch's rows in the caller's input, then the model's arguments, each with
+            ``rows`` as its first dimension.
+        model: the arguments, on ``device``, to float32 [rows, width].
+        exact_model: gives the same in float32; called for a batch only where ``model`` gives a number that is not
+            finite.
+        device: where the model runs.
+        threads: how many batches run at once.
+
+    Yields:
+        The places, the results float32 [rows, width], and bool [rows]: which of them are finite.
+    """
+    import torch
+
+    own_threads = torch.get_num_threads()
+    waiting: deque[tuple[np.ndarray, Future[tuple[np.ndarray, np.ndarray]]]] = deque()
+    try:
+        with ThreadPoolExecutor(
+            threads, "flipkd-encode", partial(torch.set_num_threads, 1) if device.type == "cpu" else None
+        ) as pool:
+            for places, *arguments in batches:
+                waiting.append((places, pool.submit(_run, arguments, model, exact_model, device)))
+                if len(waiting) > 2 * threads:
+                    first, done = waiting.popleft()
+                    yield first, *done.result()
+            while waiting:
+                first, done = waiting.popleft()
+                yield first, *done.result()
+    finally:
+        torch.set_num_threads(own_threads)  # what threads that start later take over
+
+
+def _run(
+    arguments: list[np.ndarray], model: Model, exact_model: Model | None, device: torch.device
+) -> tuple[np.ndarray, np.ndarray]:
+    """Results of a batch, and which of its rows are finite."""
+    import torch
+
+    with torch.inference_mode():
+        tensors = [torch.from_numpy(argument).to(device) for argument in arguments]
+        found: np.ndarray = model(*tensors).cpu().numpy()
+        finite = np.isfinite(found).all(axis=1)
+        if not finite.all() and exact_model is not None:
+            found = exact_model(*tensors).cpu().numpy()
+            finite = np.isfinite(found).all(axis=1)
+        return found, finite
+
+
+def loaded_at_first_use(load: Callable[[], Model]) -> Model:
+    """A model that is loaded when it is first called, by whatever thread, and then kept: most runs never need it."""
+    loaded: list[Model] = []
+    loading = Lock()
+
+    def model(*tensors: torch.Tensor) -> torch.Tensor:
+        with loading:
+            if not loaded:
+                loaded.append(load())
+        return loaded[0](*tensors)
+
+    return model
+
+
+def not_finite(model: str, inputs: str, rows: np.ndarray, places: np.ndarray) -> ModelError:
+    """The error for results that are not finite, in float32 too.
+
+    Args:
+        model: what gave them, for the message.
+        inputs: what it was given, for the message.
+        rows: int64 [N], for each input the caller gave its place among the distinct ones.
+        places: the bad ones among the distinct inputs.
+    """
+    # By place in the input, not by text: records are private.
+    bad = np.flatnonzero(np.isin(rows, places))
+    shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
+    return ModelError(
+        f"the {model} gives numbers that are not finite, in float32 too, for {len(bad)} of the {inputs} "
+        f"(places {shown}); its weights or the texts are out of range"
+    )
