@@ -46,6 +46,7 @@ class TrainingPairs:
         facts: of the teacher.
         skipped: pairs left out, per reason.
         fingerprint: of the files.
+        places: of the texts among those of the pairs that these are a subset of; None where they are none.
     """
 
     texts: list[str]
@@ -57,6 +58,7 @@ class TrainingPairs:
     facts: TeacherFacts | None = None
     skipped: dict[str, int] = field(default_factory=dict)
     fingerprint: str = ""
+    places: npt.NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.left)
@@ -75,6 +77,7 @@ class TrainingPairs:
             self.facts,
             self.skipped,
             self.fingerprint,
+            used,
         )
 
 
@@ -149,25 +152,37 @@ def hold_out(pairs: TrainingPairs, fraction: float, seed: int) -> tuple[Training
     return pairs.subset(np.flatnonzero(~is_held)), pairs.subset(np.flatnonzero(is_held))
 
 
-def epoch_order(pairs: TrainingPairs, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    """The order of pairs in an epoch, [P]: left texts shuffled, the pairs of one left text together.
+class BatchOrder:
+    """Which pairs each batch holds: a function of the seed and the batch's number, so a resumed run needs no state.
 
-    Together, since a batch then encodes that text once for all of its pairs, and MCL compares its match with its near
-    misses. A function of seed and epoch, so that a resumed run needs no state to find its place.
+    In every epoch the left texts are shuffled, and the pairs of one left text stay together: a batch then encodes that
+    text once for all of its pairs, and MCL compares its match with its near misses.
+
+    Args:
+        pairs: P pairs.
+        size: pairs in a batch.
+        seed: of the order.
     """
-    rank = np.random.default_rng([seed, 2, epoch]).permutation(len(pairs.texts))
-    return np.argsort(rank[pairs.left], kind="stable")
 
+    def __init__(self, pairs: TrainingPairs, size: int, seed: int) -> None:
+        self._pairs, self._size, self._seed = pairs, size, seed
+        self._epoch, self._order = -1, np.empty(0, np.int64)
 
-def batch_pairs(pairs: TrainingPairs, seed: int, number: int, size: int) -> npt.NDArray[np.int64]:
-    """Places of the pairs of batch ``number``, counted from 0 through all epochs, [size]."""
-    start, chosen = number * size, []
-    while size:
-        epoch, offset = divmod(start, len(pairs))
-        part = epoch_order(pairs, seed, epoch)[offset : offset + size]
-        chosen.append(part)
-        start, size = start + len(part), size - len(part)
-    return np.concatenate(chosen)
+    def batch(self, number: int) -> npt.NDArray[np.int64]:
+        """Places of the pairs of batch ``number``, counted from 0 through all epochs, [size]."""
+        start, left, chosen = number * self._size, self._size, []
+        while left:
+            epoch, offset = divmod(start, len(self._pairs))
+            part = self._epoch_order(epoch)[offset : offset + left]
+            chosen.append(part)
+            start, left = start + len(part), left - len(part)
+        return np.concatenate(chosen)
+
+    def _epoch_order(self, epoch: int) -> npt.NDArray[np.int64]:
+        if epoch != self._epoch:
+            rank = np.random.default_rng([self._seed, 2, epoch]).permutation(len(self._pairs.texts))
+            self._epoch, self._order = epoch, np.argsort(rank[self._pairs.left], kind="stable")
+        return self._order
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from flipkd.errors import ConfigError, ModelError
 from flipkd.models.folder import files_fingerprint, find_folder
+from flipkd.models.options import StudentOptions
 from flipkd.models.packed import ATTENTION, register
-from flipkd.models.student import Student, StudentOptions, cut_config
+from flipkd.models.student import Student, cut_config
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text")
 STUDENT_FILE = "student.json"

@@ -13,73 +13,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
 
-from flipkd.errors import ConfigError
+from flipkd.models.options import StudentOptions
 from flipkd.models.packed import pack, pool_packed
 from flipkd.models.tokens import TextTokenizer, TokenizedTexts
 
-LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _PACK_TOKENS = 4096
-
-
-@dataclass(frozen=True)
-class StudentOptions:
-    """What a student is made of. Defaults are our choices, by the experiments in the README.
-
-    Args:
-        folder: a Hugging Face decoder folder, or the name of one on the hub.
-        layer: k; blocks 0..k-1 are run. None: a third of the depth.
-        dimension: rank of layer k's A, the size of a vector.
-        rank: LoRA rank of the linear layers below.
-        alpha: LoRA's alpha; the update is (alpha / rank) B A.
-        dropout: of LoRA's input.
-        target_modules: linear layers of blocks 0..k-1 that have LoRA.
-        projection: whose A is read at layer k: ``q``, ``k`` or ``v``.
-        pooling: over a text's tokens, ``mean`` or ``last``.
-        max_length: most tokens per text.
-        dtype: what the blocks compute in; LoRA's weights, pooling and the projection are float32.
-        whole_tower: load all blocks, with LoRA in each, so that the language model's loss can be trained too.
-        trust_remote_code: whether Python code in the folder may run.
-    """
-
-    folder: str
-    layer: int | None = None
-    dimension: int = 128
-    rank: int = 64
-    alpha: float = 64.0
-    dropout: float = 0.0
-    target_modules: tuple[str, ...] = LINEAR_LAYERS
-    projection: Literal["q", "k", "v"] = "q"
-    pooling: Literal["mean", "last"] = "mean"
-    max_length: int = 128
-    dtype: Literal["float32", "bf16"] = "float32"
-    whole_tower: bool = False
-    trust_remote_code: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("dimension", "rank", "max_length"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
-        if self.layer is not None and self.layer < 1:
-            raise ConfigError(f"--layer must be at least 1, not {self.layer}")
-        if self.alpha <= 0 or not 0 <= self.dropout < 1:
-            raise ConfigError("--alpha must be greater than 0, and --dropout from 0 to less than 1")
-        for name, known in _KNOWN.items():
-            if getattr(self, name) not in known:
-                raise ConfigError(f"--{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
-        unknown = set(self.target_modules) - set(LINEAR_LAYERS)
-        if unknown or not self.target_modules:
-            raise ConfigError(f"--target-modules must be some of {', '.join(LINEAR_LAYERS)}")
-
-
-_KNOWN = {"projection": ("q", "k", "v"), "pooling": ("mean", "last"), "dtype": ("float32", "bf16")}
 
 
 class Student(nn.Module):
@@ -135,6 +80,16 @@ class Student(nn.Module):
     def tokenize(self, texts: Sequence[str]) -> TokenizedTexts:
         """Token ids; what looks like a special token in a text is plain text."""
         return self._texts.tokenize(texts)
+
+    @property
+    def frame(self) -> tuple[list[int], list[int]]:
+        """Special tokens that the tokenizer puts before and after every text."""
+        return self._texts.head, self._texts.tail
+
+    def body(self, ids: Sequence[int]) -> list[int]:
+        """A tokenised text without them."""
+        head, tail = self.frame
+        return list(ids[len(head) : len(ids) - len(tail)])
 
     def autocast(self) -> Any:
         """The context in which blocks compute in ``options.dtype``."""

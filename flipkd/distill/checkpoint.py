@@ -1,0 +1,108 @@
+"""Checkpoints: everything that the next step depends on, published whole or not at all.
+
+A checkpoint holds LoRA's weights, AdamW's moments, and the step. The step is also the place in the data, the learning
+rate and the seed of dropout: these are functions of it (``flipkd.distill.data.batch_pairs``), so that no generator's
+state has to be kept, and an unbroken run and a resumed one take the same numbers whoever the workers are.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from flipkd.data.folders import is_whole, publish_folder
+from flipkd.models.adapter import adapter_weights, load_adapter_weights
+from flipkd.models.student import Student
+
+logger = logging.getLogger(__name__)
+
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is.
+
+    Args:
+        step: optimizer steps done.
+        best_value: best validation value so far; None before the first.
+        best_step: its step.
+        waited: validations since then.
+        stopped: whether training stopped early.
+        seconds: of training so far, over all starts.
+    """
+
+    step: int = 0
+    best_value: float | None = None
+    best_step: int | None = None
+    waited: int = 0
+    stopped: bool = False
+    seconds: float = 0.0
+
+
+def save_checkpoint(
+    folder: Path, student: Student, optimizer: torch.optim.Optimizer, progress: Progress, keep: int
+) -> None:
+    """Publishes ``folder/step-NNNNNNNN``; then all but the newest ``keep`` checkpoints are deleted."""
+
+    def write(target: Path) -> None:
+        save_file(
+            {name: _plain(value) for name, value in adapter_weights(student).items()}, target / "adapter.safetensors"
+        )
+        save_file(_moments(student, optimizer), target / "optimizer.safetensors")
+        (target / "progress.json").write_text(json.dumps(asdict(progress), indent=1))
+
+    publish_folder(folder / f"step-{progress.step:08d}", write)
+    for old in _checkpoints(folder)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def load_checkpoint(folder: Path, student: Student, optimizer: torch.optim.Optimizer) -> Progress:
+    """Restores the newest whole checkpoint; damaged ones are passed over with a warning. Without any: the start."""
+    for path in _checkpoints(folder):
+        if not is_whole(path):
+            logger.warning("%s is damaged; going back to the one before", path)
+            continue
+        load_adapter_weights(student, load_file(path / "adapter.safetensors"), str(path))
+        _restore(student, optimizer, load_file(path / "optimizer.safetensors"))
+        return Progress(**json.loads((path / "progress.json").read_text()))
+    return Progress()
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-????????"), reverse=True)
+
+
+def _trained(student: Student) -> dict[str, torch.nn.Parameter]:
+    return {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
+
+
+def _moments(student: Student, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{moment}/{name}": _plain(torch.as_tensor(optimizer.state[parameter][moment]))
+        for name, parameter in _trained(student).items()
+        for moment in _MOMENTS
+        if parameter in optimizer.state
+    }
+
+
+def _restore(student: Student, optimizer: torch.optim.Optimizer, moments: Mapping[str, Tensor]) -> None:
+    for name, parameter in _trained(student).items():
+        if f"step/{name}" not in moments:
+            continue
+        state = optimizer.state[parameter]
+        for moment in _MOMENTS:
+            value = moments[f"{moment}/{name}"]
+            state[moment] = value if moment == "step" else value.to(parameter.device)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous()

@@ -1,0 +1,126 @@
+"""The folder of a training run: whose it is, its metrics, its best student.
+
+::
+
+    run.json                what was asked for, and of which data and base
+    metrics.jsonl           a line per log step and per validation
+    learning_curve.png
+    checkpoints/step-*/     to go on from
+    best/step-*/            the best student so far
+    adapter/                the best student of the finished run; ``export`` reads it
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flipkd.data.commit import make_private_folder, read_json, write_json, writing
+from flipkd.data.folders import is_whole, publish_folder, remove_unpublished
+from flipkd.data.location import open_location
+from flipkd.errors import OutputError
+from flipkd.models.adapter import save_student
+from flipkd.models.student import Student
+
+logger = logging.getLogger(__name__)
+
+RUN_FILE = "run.json"
+METRICS_FILE = "metrics.jsonl"
+ADAPTER = "adapter"
+
+
+class RunFolder:
+    """A run's folder; made, or found again.
+
+    Args:
+        path: the folder, which the caller has locked.
+        facts: what ``run.json`` holds; ``fingerprint`` says whose run it is.
+        overwrite: whether another run's folder is emptied.
+
+    Raises:
+        OutputError: it holds another run.
+    """
+
+    def __init__(self, path: Path, facts: Mapping[str, Any], overwrite: bool) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self._best = path / "best"
+        location = open_location(str(path))
+        found = read_json(location, RUN_FILE)
+        if found is not None and found["fingerprint"] != facts["fingerprint"]:
+            if not overwrite:
+                raise OutputError(
+                    f"{path} holds another training run, or one of data that has changed since; choose another "
+                    "--output, or pass --overwrite to delete it"
+                )
+            for name in ("checkpoints", "best", ADAPTER):
+                shutil.rmtree(path / name, ignore_errors=True)
+            for name in (METRICS_FILE, "learning_curve.png"):
+                (path / name).unlink(missing_ok=True)
+            found = None
+        if found is None:
+            write_json(location, RUN_FILE, facts)
+        for folder in (path, self.checkpoints, self._best):
+            remove_unpublished(folder)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run's last step is done and its student published."""
+        return is_whole(self.path / ADAPTER)
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Appends a line of metrics."""
+        with writing(str(self.path)), open(self.path / METRICS_FILE, "a", opener=_private) as file:
+            file.write(json.dumps(line) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All lines of metrics; a line that a killed process left half is dropped."""
+        lines = []
+        if (self.path / METRICS_FILE).exists():
+            for line in (self.path / METRICS_FILE).read_text().splitlines():
+                try:
+                    lines.append(json.loads(line))
+                except ValueError:
+                    continue
+        return lines
+
+    def forget_after(self, step: int) -> None:
+        """Drops the metrics of steps after ``step``: a resumed run takes them again."""
+        kept = [line for line in self.metrics() if line["step"] <= step]
+        with writing(str(self.path)):
+            temporary = self.path / f".{METRICS_FILE}.tmp"
+            with open(temporary, "w", opener=_private) as file:
+                file.writelines(json.dumps(line) + "\n" for line in kept)
+            os.replace(temporary, self.path / METRICS_FILE)
+
+    def save_best(self, student: Student, step: int) -> None:
+        """Publishes the best student so far; older ones are deleted once it is there."""
+        target = self._best / f"step-{step:08d}"
+        make_private_folder(str(self._best))
+        publish_folder(target, lambda folder: save_student(student, folder))
+        for old in self._best.glob("step-*"):
+            if old != target:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def finish(self, student: Student, best_step: int | None) -> None:
+        """Publishes the best student, or the last one where nothing was validated, as the run's."""
+        best = None if best_step is None else self._best / f"step-{best_step:08d}"
+
+        def write(folder: Path) -> None:
+            if best is None:
+                save_student(student, folder)
+                return
+            for file in best.iterdir():
+                shutil.copyfile(file, folder / file.name)
+
+        publish_folder(self.path / ADAPTER, write)
+        shutil.rmtree(self._best, ignore_errors=True)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)

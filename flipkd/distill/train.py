@@ -1,0 +1,282 @@
+"""Training: one plain loop.
+
+Input: Parquet with two text columns and ``teacher_score``, ``label``, or both, as ``teach`` writes it. Output: a run
+folder (``flipkd.distill.run_folder``) whose ``adapter/`` is the best student. A run that was broken off goes on from
+its last whole checkpoint; on a CPU in float32 its weights are those of an unbroken run, bit for bit.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flipkd.data.location import open_location
+from flipkd.distill.checkpoint import Progress, load_checkpoint, save_checkpoint
+from flipkd.distill.config import TrainConfig
+from flipkd.distill.data import BatchOrder, TrainingPairs, hold_out, read_training_pairs
+from flipkd.distill.gradients import Workers, backward_vectors
+from flipkd.distill.language_model import JointPrompt, backward_language_model
+from flipkd.distill.objective import Batch, batch_loss, check_objective
+from flipkd.distill.picture import draw_learning_curve
+from flipkd.distill.run_folder import RunFolder
+from flipkd.distill.validation import deciding_value, validate
+from flipkd.errors import ConfigError, ModelError
+from flipkd.models.adapter import base_fingerprint, new_student
+from flipkd.models.student import Student
+from flipkd.run.manifest import versions
+from flipkd.run.output import locked, refuse_overlap
+from flipkd.run.progress import progress_bar
+from flipkd.run.units import fingerprint
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Trains a student, or goes on with a run that was broken off. Returns a summary.
+
+    Raises:
+        ConfigError: an option does not fit the data or the base.
+        InputError: the pairs cannot be read.
+        ModelError: the base cannot be loaded, or a loss is not finite.
+        OutputError: the folder is another run's, or in use.
+    """
+    output = open_location(config.output)
+    if not output.is_local:
+        raise ConfigError(f"--output {output.uri}: a run's folder must be local (or on a shared disk)")
+    inputs = [("--pairs", config.pairs), ("--validation", config.validation)]
+    refuse_overlap(output, [(option, open_location(uri)) for option, uri in inputs if uri is not None])
+    with locked(output):
+        if config.run.ray is None:
+            return train_worker(config, Workers())
+        from flipkd.distill.cluster import train_on_ray
+
+        return train_on_ray(config)
+
+
+def train_worker(config: TrainConfig, workers: Workers) -> dict[str, Any]:
+    """What each of the workers that train together does; rank 0 alone writes. See ``train``."""
+    pairs, validation = read_pairs(config)
+    check_objective(config.loss, pairs.labels is not None, pairs.teacher is not None)
+    folder = RunFolder(Path(output_path(config)), run_facts(config, pairs, validation), config.run.overwrite)
+    if folder.is_finished:
+        logger.info("%s is complete already", config.output)
+        return summary(config, folder)
+    device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    student = new_student(config.student, device, config.seed)
+    if config.gradient_checkpointing:
+        student.decoder.gradient_checkpointing_enable({"use_reentrant": False})
+    _Training(config, workers, folder, student, pairs, validation).run()
+    return summary(config, folder)
+
+
+def output_path(config: TrainConfig) -> str:
+    """The run's folder as a path."""
+    return str(open_location(config.output).path)
+
+
+def read_pairs(config: TrainConfig) -> tuple[TrainingPairs, TrainingPairs | None]:
+    """Training and validation pairs."""
+    columns = (config.left_text, config.right_text, config.label_column)
+    pairs = read_training_pairs(config.pairs, *columns)
+    if config.validation is None:
+        return hold_out(pairs, config.validation_fraction, config.seed)
+    return pairs, read_training_pairs(config.validation, *columns)
+
+
+def run_facts(config: TrainConfig, pairs: TrainingPairs, validation: TrainingPairs | None) -> dict[str, Any]:
+    """What ``run.json`` holds."""
+    deciding = {
+        **config.deciding(),
+        "pairs": pairs.fingerprint,
+        "validation": None if validation is None else validation.fingerprint,
+        "base": base_fingerprint(config.student.folder),
+    }
+    return {
+        "format": 1,
+        "fingerprint": fingerprint(deciding),
+        "config": config.deciding(),
+        "base_fingerprint": deciding["base"],
+        "pairs": len(pairs),
+        "texts": len(pairs.texts),
+        "validation_pairs": 0 if validation is None else len(validation),
+        "skipped": pairs.skipped,
+        "teacher": None if pairs.facts is None else vars(pairs.facts),
+        "versions": versions(),
+    }
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The rate of step ``step`` (from 0): a linear rise, then a cosine down to 0 at the last step."""
+    warmup = round(config.warmup_fraction * config.steps)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    done = (step - warmup) / max(config.steps - warmup, 1)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def summary(config: TrainConfig, folder: RunFolder) -> dict[str, Any]:
+    """What a finished run is told by."""
+    lines = folder.metrics()
+    validations = [line for line in lines if "validation" in line]
+    best = max(validations, key=lambda line: deciding_value(line["validation"]) or -math.inf, default=None)
+    return {
+        "kind": "train",
+        "output": config.output,
+        "steps": max((line["step"] for line in lines), default=0),
+        "best_step": None if best is None else best["step"],
+        "validation": None if best is None else best["validation"],
+        "seconds": max((line.get("seconds", 0.0) for line in lines), default=0.0),
+    }
+
+
+class _Training:
+    """The state of a run, and its loop."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        workers: Workers,
+        folder: RunFolder,
+        student: Student,
+        pairs: TrainingPairs,
+        validation: TrainingPairs | None,
+    ) -> None:
+        self._config, self._workers, self._folder, self._student = config, workers, folder, student
+        self._pairs, self._validation = pairs, validation
+        self._order = BatchOrder(pairs, config.batch_pairs, config.seed)
+        self._ids = student.tokenize(pairs.texts).ids
+        self._validation_ids = [] if validation is None else student.tokenize(validation.texts).ids
+        self._parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
+        self._optimizer = torch.optim.AdamW(
+            self._parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+        )
+        self._prompt = JointPrompt.of(student) if config.loss.trains_language_model else None
+
+    def run(self) -> None:
+        """From the last checkpoint to the last step."""
+        config, folder = self._config, self._folder
+        progress = load_checkpoint(folder.checkpoints, self._student, self._optimizer)
+        if self._leads:
+            folder.forget_after(progress.step)
+        started = time.perf_counter() - progress.seconds
+        shown = self._leads and config.run.progress
+        with progress_bar("train", config.steps, "steps", shown) as bar, self._board() as board:
+            bar.update(progress.step)
+            while progress.step < config.steps and not progress.stopped:
+                metrics = self._step(progress.step)
+                progress = replace(progress, step=progress.step + 1, seconds=time.perf_counter() - started)
+                last = progress.step == config.steps
+                line: dict[str, Any] = {}
+                if progress.step % config.log_every == 0 or last:
+                    line |= {name: float(value) for name, value in metrics.items()}
+                if self._validation is not None and (progress.step % config.evaluate_every == 0 or last):
+                    progress = self._validate(progress, self._validation, line)
+                if line and self._leads:
+                    line = {"step": progress.step, "seconds": round(progress.seconds, 3), **line}
+                    folder.log(line)
+                    board.add(line)
+                if progress.step % config.checkpoint_every == 0 or last or progress.stopped:
+                    if self._leads:
+                        keep = config.keep_checkpoints
+                        save_checkpoint(folder.checkpoints, self._student, self._optimizer, progress, keep)
+                        draw_learning_curve(folder.metrics(), folder.path / "learning_curve.png")
+                    self._wait()
+                bar.update(1)
+        if self._leads:
+            folder.finish(self._student, progress.best_step)
+        self._wait()
+
+    @property
+    def _leads(self) -> bool:
+        return self._workers.rank == 0
+
+    def _wait(self) -> None:
+        self._workers.sum(torch.zeros(1, device=self._student.device))
+
+    def _board(self) -> Any:
+        from flipkd.distill.board import Board
+
+        return Board(self._folder.path if self._leads else None)
+
+    def _step(self, step: int) -> dict[str, Any]:
+        config = self._config
+        self._student.train()
+        rate = learning_rate(config, step)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.zero_grad(set_to_none=True)
+        tokens, metrics = 0, {}
+        for part in range(config.accumulate):
+            number = step * config.accumulate + part
+            chosen = self._pairs.subset(self._order.batch(number))
+            assert chosen.places is not None
+            ids = [self._ids[place] for place in chosen.places]
+            tokens += sum(map(len, ids))
+            metrics = self._backward(chosen, ids, number)
+        self._workers.sum_gradients(self._parameters)
+        for parameter in self._parameters:
+            if parameter.grad is not None and config.accumulate > 1:
+                parameter.grad /= config.accumulate
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, config.max_gradient_norm)
+        if not torch.isfinite(norm):
+            raise ModelError(
+                f"the gradient of step {step + 1} is not finite; lower --learning-rate, or train in float32; the last "
+                "checkpoint is kept"
+            )
+        self._optimizer.step()
+        return {**metrics, "learning_rate": rate, "gradient_norm": norm, "tokens": tokens, "texts": len(ids)}
+
+    def _backward(self, chosen: TrainingPairs, ids: Sequence[Sequence[int]], number: int) -> dict[str, Any]:
+        config, student, device = self._config, self._student, self._student.device
+        batch = Batch(
+            torch.from_numpy(chosen.left).to(device),
+            torch.from_numpy(chosen.right).to(device),
+            None if chosen.labels is None else torch.from_numpy(chosen.labels).to(device),
+            None if chosen.teacher is None else torch.from_numpy(chosen.teacher).to(device),
+            None if chosen.teacher_vectors is None else torch.from_numpy(chosen.teacher_vectors).to(device),
+        )
+        metrics: dict[str, Any] = {}
+        if config.loss.objective != "lm":
+            metrics = backward_vectors(
+                student,
+                ids,
+                lambda vectors: batch_loss(config.loss, vectors, batch),
+                self._workers,
+                config.max_tokens,
+                (config.seed, number),
+            )
+        if self._prompt is not None:
+            assert chosen.labels is not None
+            own = range(self._workers.rank, len(chosen), self._workers.count)
+            bodies = [student.body(text) for text in ids]
+            triples = [(bodies[chosen.left[i]], bodies[chosen.right[i]], int(chosen.labels[i])) for i in own]
+            weight = 1.0 if config.loss.objective == "lm" else config.loss.weight_lm
+            found = backward_language_model(student, self._prompt, triples, weight, len(chosen), config.max_tokens)
+            metrics["loss_lm"] = self._workers.sum(found)
+            metrics["loss"] = metrics.get("loss", 0.0) + weight * metrics["loss_lm"]
+        return metrics
+
+    def _validate(self, progress: Progress, pairs: TrainingPairs, line: dict[str, Any]) -> Progress:
+        """Validates on rank 0 and tells the others; returns the progress with the best value and whether to stop."""
+        config = self._config
+        told = torch.zeros(2, dtype=torch.float64, device=self._student.device)
+        if self._leads:
+            line["validation"] = validate(self._student, pairs, self._validation_ids, config.max_tokens)
+            value = deciding_value(line["validation"])
+            told[:] = torch.tensor([0.0 if value is None else 1.0, value or 0.0])
+        has_value, value = self._workers.sum(told).tolist()
+        if not has_value:
+            return progress
+        if progress.best_value is None or value > progress.best_value:
+            if self._leads:
+                self._folder.save_best(self._student, progress.step)
+            return replace(progress, best_value=value, best_step=progress.step, waited=0)
+        waited = progress.waited + 1
+        return replace(progress, waited=waited, stopped=config.patience is not None and waited >= config.patience)

@@ -1,0 +1,59 @@
+"""How good a student is on held-out pairs, during training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from flipkd.distill.data import TrainingPairs
+from flipkd.models.student import Student
+
+
+def validate(student: Student, pairs: TrainingPairs, ids: Sequence[Sequence[int]], max_tokens: int) -> dict[str, float]:
+    """Scores held-out pairs.
+
+    Args:
+        student: scored without dropout.
+        pairs: P held-out pairs.
+        ids: token ids of their texts.
+        max_tokens: tokens in one pass.
+
+    Returns:
+        With labels of both classes ``auc`` (area under the ROC curve), ``average_precision``, ``f1`` and
+        ``f1_threshold`` (the best over all thresholds: an upper bound for a threshold set elsewhere). With teacher
+        scores ``spearman`` (rank correlation with them).
+    """
+    vectors = student.encode_tokens(ids, max_tokens).cpu().numpy()
+    scores = np.einsum("pd,pd->p", vectors[pairs.left], vectors[pairs.right])
+    found: dict[str, float] = {}
+    if pairs.labels is not None and 0 < pairs.labels.sum() < len(pairs):
+        found |= label_metrics(pairs.labels, scores)
+    if pairs.teacher is not None:
+        from scipy.stats import spearmanr
+
+        if np.ptp(pairs.teacher) > 0 and np.ptp(scores) > 0:
+            found["spearman"] = float(spearmanr(scores, pairs.teacher).statistic)
+    return found
+
+
+def label_metrics(labels: npt.NDArray[Any], scores: npt.NDArray[Any]) -> dict[str, float]:
+    """AUC, average precision and the best F1 with its threshold (a pair matches from the threshold on)."""
+    from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
+
+    precision, recall, thresholds = precision_recall_curve(labels, scores)
+    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+    best = int(np.argmax(f1[:-1]))
+    return {
+        "auc": float(roc_auc_score(labels, scores)),
+        "average_precision": float(average_precision_score(labels, scores)),
+        "f1": float(f1[best]),
+        "f1_threshold": float(thresholds[best]),
+    }
+
+
+def deciding_value(metrics: dict[str, float]) -> float | None:
+    """What early stopping and the choice of the best step go by: AUC, else the correlation with the teacher."""
+    return metrics.get("auc", metrics.get("spearman"))
