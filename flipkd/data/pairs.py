@@ -77,17 +77,34 @@ def resolve_texts(
     for column, name in ((left_texts, names[0]), (right_texts, names[1])):
         texts, indices = distinct_texts(column, name)
         found = store.index.look_up(text_digests(texts.values, digest_key), column=name, threads=threads)
-        reason = np.zeros(len(texts.values), np.uint8)
-        reason[np.asarray(texts.values.is_null())] = _MISSING_TEXT
-        reason[texts.invalid] = _INVALID_TEXT
         rows.append(found[indices])
-        reasons.append(reason[indices])
-    left_reason, right_reason = reasons
-    # The smaller code goes first; 0 (no reason) must not.
-    reason = np.where(left_reason == 0, right_reason, left_reason)
-    both = (left_reason != 0) & (right_reason != 0)
-    reason[both] = np.minimum(left_reason[both], right_reason[both])
+        reasons.append(text_reasons(texts)[indices])
+    reason = first_reasons(*reasons)
     return _with_reasons(rows[0], rows[1], store, store, None, reason if reason.any() else None)
+
+
+def text_reasons(texts: Texts) -> npt.NDArray[np.uint8]:
+    """[N] position in ``REASONS`` for each text: why it cannot be scored, or 0."""
+    reasons = np.zeros(len(texts.values), np.uint8)
+    reasons[np.asarray(texts.values.is_null())] = _MISSING_TEXT
+    reasons[texts.invalid] = _INVALID_TEXT
+    return reasons
+
+
+def id_reasons(ids: pa.ChunkedArray, found: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint8]:
+    """[N] position in ``REASONS`` for each id: null, or of no record; else 0."""
+    reasons = np.where(found, 0, _MISSING_RECORD).astype(np.uint8)
+    reasons[np.asarray(ids.is_null())] = _MISSING_ID
+    return reasons
+
+
+def first_reasons(left: npt.NDArray[np.uint8], right: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """[P] reason of a pair from those of its two sides: the one that stands first in ``REASONS``."""
+    # The smaller code goes first; 0 (no reason) must not.
+    reasons = np.where(left == 0, right, left)
+    both = (left != 0) & (right != 0)
+    reasons[both] = np.minimum(left[both], right[both])
+    return reasons
 
 
 def distinct_texts(column: pa.ChunkedArray, name: str) -> tuple[Texts, npt.NDArray[np.int32]]:

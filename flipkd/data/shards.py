@@ -134,6 +134,12 @@ class ShardReader:
         found = self._file.metadata.metadata or {}
         return {key.decode(): value.decode() for key, value in found.items() if key != b"ARROW:schema"}
 
+    @property
+    def metadata(self) -> dict[str, str]:
+        """Key-value pairs of the footer."""
+        found = self._file.metadata.metadata or {}
+        return {key.decode(errors="replace"): value.decode(errors="replace") for key, value in found.items()}
+
     def check_columns(self, columns: Sequence[str]) -> None:
         """Refuses columns that the shard does not have, or has twice.
 
@@ -187,6 +193,11 @@ class ShardReader:
             if start < stop:
                 table = pa.Table.from_batches([batch.slice(start, stop - start)]).select(stored)
                 yield _with_partitions(table.replace_schema_metadata(None), self._shard, columns, stop - start)
+
+    def all_batches(self, columns: Sequence[str], batch_rows: int) -> Iterator[pa.Table]:
+        """Reads all rows; see ``batches``."""
+        groups = self.row_group_rows
+        return self.batches(columns, batch_rows, row_groups=(0, len(groups)), skip_rows=0, rows=sum(groups))
 
     @contextlib.contextmanager
     def _naming(self) -> Iterator[None]:

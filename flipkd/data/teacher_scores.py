@@ -1,4 +1,4 @@
-"""What the files of teacher scores say of their teacher, so that scores of two teachers are never mixed."""
+"""What ``teach`` leaves beside its scores, and how it is read again: names, the facts in every footer, one check."""
 
 from __future__ import annotations
 
@@ -6,64 +6,88 @@ import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Literal
 
 from flipkd.data.location import Location
 from flipkd.data.shards import Shard, ShardReader
 from flipkd.errors import InputError
 
-TEACHER_KEY = "flipkd.teacher"
 TEACHER_SCORE = "teacher_score"
+# Columns that ``teach`` adds to the pairs.
+TEACHER_COLUMNS = (TEACHER_SCORE, "reason", "truncated")
+# Folder with the vectors of a bi-encoder teacher, below the output. Not Parquet, and hidden from who lists the pairs.
 TEACHER_VECTORS = "_teacher_vectors"
+TEACHER_KEY = "flipkd.teacher"
 
 
 @dataclass(frozen=True)
 class TeacherFacts:
-    """A teacher, as the footer of each file of its scores tells.
+    """What a teacher score means.
 
     Args:
-        kind: ``bi-encoder`` or ``cross-encoder``.
-        scale: of the scores: ``cosine`` (-1..1), ``probability`` (0..1) or ``logit`` (any number).
-        activation: the function after a cross-encoder's last layer; None for a bi-encoder.
-        fingerprint: hex, of the model's files and options.
+        scale: ``cosine`` (-1 to 1), ``probability`` (0 to 1) or ``logit`` (any number).
+        activation: what a cross-encoder's logits went through; None for a bi-encoder.
+        fingerprint: hex, of the teacher's files and the options that change its scores.
+        kind: ``bi-encoder`` (symmetric in a pair's two texts) or ``cross-encoder`` (not).
         text_columns: names of the left and the right text column.
+        label_column: name of the column of labels, None where there is none.
     """
 
-    kind: Literal["bi-encoder", "cross-encoder"]
-    scale: Literal["cosine", "probability", "logit"]
+    scale: str
     activation: str | None
     fingerprint: str
+    kind: str
     text_columns: tuple[str, str]
+    label_column: str | None = None
 
     def footer(self) -> dict[str, str]:
-        """Key-value pair for a Parquet footer."""
+        """Key and value for a Parquet footer."""
         return {TEACHER_KEY: json.dumps(asdict(self), sort_keys=True)}
 
 
 def read_teacher_facts(location: Location, shards: Sequence[Shard]) -> TeacherFacts | None:
-    """The teacher of all shards; None where no shard names one.
+    """Reads what the footers of all shards say of the teacher.
+
+    Args:
+        location: root of the table.
+        shards: its files, from ``find_shards``.
+
+    Returns:
+        The facts; None when no shard has any.
 
     Raises:
-        InputError: two shards were scored by different teachers, or on different scales; names both.
+        InputError: shards of several teachers, scales or column names stand together, or of teacher scores and none;
+            names two of them. Or a shard cannot be read.
     """
-
-    def one(shard: Shard) -> TeacherFacts | None:
-        with ShardReader(location, shard) as reader:
-            found = reader.key_values.get(TEACHER_KEY)
-        if found is None:
-            return None
-        values = json.loads(found)
-        return TeacherFacts(**{**values, "text_columns": tuple(values["text_columns"])})
-
     with ThreadPoolExecutor(max_workers=16) as pool:
-        all_facts = list(pool.map(one, shards))
-    for shard, facts in zip(shards, all_facts, strict=True):
-        first = all_facts[0]
-        if facts == first:
-            continue
-        scales = " and ".join("no teacher" if each is None else f"scale {each.scale}" for each in (first, facts))
+        facts = list(pool.map(lambda shard: _read_one(location, shard), shards))
+    for shard, found in zip(shards, facts, strict=True):
+        if found != facts[0]:
+            raise InputError(
+                f"{location.uri} mixes teacher scores: {shards[0].name} has {_told(facts[0], found)}, and {shard.name} "
+                f"{_told(found, facts[0])}; run teach on all pairs with one teacher, into one folder"
+            )
+    return facts[0] if facts else None
+
+
+def _told(facts: TeacherFacts | None, other: TeacherFacts | None) -> str:
+    if facts is None:
+        return "no teacher scores"
+    told = f"the scale {facts.scale} of a {facts.kind} {facts.fingerprint[:12]}"
+    if other is not None and (facts.text_columns, facts.label_column) != (other.text_columns, other.label_column):
+        told += f" for the columns {', '.join(facts.text_columns)} and label column {facts.label_column}"
+    return told
+
+
+def _read_one(location: Location, shard: Shard) -> TeacherFacts | None:
+    with ShardReader(location, shard) as reader:
+        value = reader.metadata.get(TEACHER_KEY)
+    if value is None:
+        return None
+    try:
+        facts = json.loads(value)
+        left, right = facts.pop("text_columns")
+        return TeacherFacts(text_columns=(left, right), **facts)
+    except (ValueError, TypeError, KeyError) as error:
         raise InputError(
-            f"{shards[0].name} and {shard.name} of {location.uri} hold scores of different teachers ({scales}); "
-            "keep the output of one teach run in a folder of its own"
-        )
-    return all_facts[0] if all_facts else None
+            f"{shard.name} of {location.uri}: its footer {TEACHER_KEY} cannot be read; run teach again"
+        ) from error

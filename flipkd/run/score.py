@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from flipkd.config import SCORE_COLUMNS
-from flipkd.data.commit import ShardWriter, write_options
 from flipkd.data.location import Location
-from flipkd.data.pairs import REASONS, PairRows, resolve_ids, resolve_texts
+from flipkd.data.pairs import PairRows, resolve_ids, resolve_texts
 from flipkd.data.shards import ShardReader
 from flipkd.errors import ConfigError
 from flipkd.kernels.pair_score import PairScores, pair_score
 from flipkd.run.manifest import UnitReport
+from flipkd.run.scored import ScoredBatch, StageClock, reason_column, write_scored
 from flipkd.run.top_k import LEFT_ROW, SCORE, best_positions
 from flipkd.run.units import WorkUnit
 from flipkd.vectors.store import VectorStore
 
-T = TypeVar("T")
-
 # Rows read, scored and written at a time: bounds a worker's memory, whatever the size of a unit.
 _BATCH_ROWS = 1 << 20
-_TEXT_BATCH_ROWS = 1 << 15
+TEXT_BATCH_ROWS = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -105,35 +101,21 @@ class ScoreWorker:
             names = output_columns(task, reader.schema.names)
             passed = [name for name in names if name not in SCORE_COLUMNS]
             columns = list(dict.fromkeys([*task.pair_columns, *passed]))
-            batch_rows = _BATCH_ROWS if task.digest_key is None else _TEXT_BATCH_ROWS
-            return self._score(unit, unit.read(reader, columns, batch_rows), names)
+            batch_rows = _BATCH_ROWS if task.digest_key is None else TEXT_BATCH_ROWS
 
-    def _score(self, unit: WorkUnit, batches: Iterator[pa.Table], names: Sequence[str]) -> UnitReport:
-        task = self._task
-        clock = StageClock()
-        rows_in = rows_out = truncated = 0
-        reasons = np.zeros(len(REASONS), np.int64)
-        with contextlib.ExitStack() as stack:
-            writer: ShardWriter | None = None
-            while (table := clock.timed("read", next, batches, None)) is not None:
+            def scored(table: pa.Table, clock: StageClock) -> ScoredBatch:
                 pairs = clock.timed("look_up", self._resolve, table)
                 result = clock.timed("score", self._score_batch, table, pairs, names)
-                if writer is None:
-                    options = write_options(result)
-                    writer = stack.enter_context(ShardWriter(task.output, unit.output, result.schema, {}, options))
-                clock.timed("write", writer.write, result)
-                rows_in += table.num_rows
-                rows_out += result.num_rows
-                if pairs.reason is not None:
-                    reasons += np.bincount(pairs.reason, minlength=len(REASONS))
-                if pairs.truncated is not None:
-                    truncated += int(np.count_nonzero(pairs.truncated))
-            assert writer is not None  # a reader gives at least one table
-            counted = {name: int(count) for name, count in zip(REASONS, reasons, strict=True) if name is not None}
-            report = UnitReport(unit.output, rows_in, rows_out, counted, {"truncated": truncated}, clock.seconds)
-            writer.add_metadata(report.footer("score", task.run_fingerprint, unit.fingerprint))
-            clock.timed("write", writer.commit)
-        return report
+                return ScoredBatch(result, pairs.reason, pairs.truncated)
+
+            return write_scored(
+                unit,
+                unit.read(reader, columns, batch_rows),
+                scored,
+                output=task.output,
+                kind="score",
+                run_fingerprint=task.run_fingerprint,
+            )
 
     def _score_batch(self, table: pa.Table, pairs: PairRows, names: Sequence[str]) -> pa.Table:
         task = self._task
@@ -156,20 +138,6 @@ class ScoreWorker:
         if task.digest_key is None:
             return resolve_ids(left, right, self._left, self._right, task.pair_columns, self._threads)
         return resolve_texts(left, right, self._left, task.digest_key, task.pair_columns, self._threads)
-
-
-class StageClock:
-    """Seconds per stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    def timed(self, stage: str, function: Callable[..., T], *arguments: Any) -> T:
-        """Calls the function and adds the time it took to the stage."""
-        started = time.perf_counter()
-        result = function(*arguments)
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
-        return result
 
 
 def assemble(
@@ -195,7 +163,7 @@ def assemble(
             judged = scores.score if scores.probability is None else scores.probability
             columns[name] = pa.array(judged >= threshold, pa.bool_(), mask=unscored)
         elif name == "reason":
-            columns[name] = _reason_column(reason, len(scores.score))
+            columns[name] = reason_column(reason, len(scores.score))
         elif name == "truncated":
             columns[name] = pa.array(np.zeros(len(scores.score), np.bool_) if truncated is None else truncated)
         else:
@@ -220,11 +188,3 @@ def best_of_batch(
     result = assemble(table, pairs, chosen, names, threshold)
     result = result.append_column(LEFT_ROW, pa.array(left[best].astype(np.int64)))
     return result.append_column(SCORE, pa.array(chosen.score))
-
-
-def _reason_column(codes: Any, rows: int) -> pa.Array:
-    if codes is None or not codes.any():
-        return pa.nulls(rows, pa.string())
-    return pa.DictionaryArray.from_arrays(
-        pa.array(codes.astype(np.int8) - 1, mask=codes == 0), pa.array(REASONS[1:], pa.string())
-    ).cast(pa.string())

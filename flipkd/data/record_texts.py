@@ -1,0 +1,175 @@
+"""A record table in memory, as texts by id: joins the texts to pairs that hold ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from flipkd.data.location import Location
+from flipkd.data.records import render_texts, template_fields
+from flipkd.data.shards import Shard, ShardReader
+from flipkd.errors import ConfigError, ConflictingRecordsError, InputError
+from flipkd.vectors.id_types import check_id_type, plain
+
+_BATCH_ROWS = 1 << 16
+_ID_TYPES = {"int64": pa.int64(), "uint64": pa.uint64(), "bytes": pa.large_binary(), "null": pa.null()}
+
+
+@dataclass(frozen=True)
+class RecordTexts:
+    """The texts of a record table.
+
+    Args:
+        ids: [N] int64, uint64 or large_binary ids, each once, none null.
+        texts: [N] large_string, normalised; null where missing or invalid.
+        invalid: [N] bool; True where the bytes were not UTF-8.
+        kind: how ids are compared; see ``flipkd.vectors.id_types``.
+    """
+
+    ids: pa.Array
+    texts: pa.LargeStringArray
+    invalid: npt.NDArray[np.bool_]
+    kind: str
+
+    def look_up(self, ids: pa.ChunkedArray, column: str) -> npt.NDArray[np.int64]:
+        """The record's place for each of [P] ids; -1 where the id is null or of no record.
+
+        Integers are compared by value, whatever their width; strings and binaries by their bytes.
+
+        Raises:
+            ConfigError: integers against strings, or a type that cannot be an id; names the column.
+        """
+        check_ids_fit(ids.type, column, self.kind)
+        # A column of nothing but nulls, or records without any: no id is found.
+        if not len(self.ids) or pa.types.is_null(ids.type):
+            return np.full(len(ids), -1, np.int64)
+        keys = _keys(ids, self.kind)
+        found = pc.index_in(keys, self.ids, skip_nulls=True)
+        return np.asarray(pc.fill_null(found, -1).combine_chunks().cast(pa.int64()))
+
+
+def check_ids_fit(id_type: pa.DataType, column: str, kind: str) -> None:
+    """Refuses ids of pairs that cannot be ids of the records.
+
+    Args:
+        id_type: of the pairs' column.
+        column: its name, for the message.
+        kind: of the records' ids.
+
+    Raises:
+        ConfigError: names the column and the way out.
+    """
+    own = check_id_type(id_type, column)
+    if "null" not in (own, kind) and (own == "bytes") != (kind == "bytes"):
+        theirs = "strings or binaries" if kind == "bytes" else "integers"
+        raise ConfigError(
+            f"column {column!r} is of type {id_type}, but the records' ids are {theirs}; cast one of them so that both "
+            "are integers or both are strings"
+        )
+
+
+def read_record_texts(location: Location, shards: Sequence[Shard], id_column: str, template: str) -> RecordTexts:
+    """Reads a whole record table: ids and texts are kept in memory.
+
+    Rows without an id are left out. The same id with the same text is one record.
+
+    Raises:
+        ConflictingRecordsError: the same id stands twice with different texts; names both places.
+        ConfigError: a column is missing, or of a type that cannot be used.
+        InputError: a file cannot be read, or ids of some files are strings and of others integers.
+    """
+    columns = list(dict.fromkeys([id_column, *template_fields(template)]))
+    chunks: list[pa.ChunkedArray] = []
+    texts: list[pa.Array] = []
+    invalid: list[npt.NDArray[np.bool_]] = []
+    rows: list[int] = []
+    for shard in shards:
+        with ShardReader(location, shard) as reader:
+            table = pa.concat_tables(reader.all_batches(columns, _BATCH_ROWS))
+        rendered = render_texts(table, template)
+        chunks.append(table.column(id_column))
+        texts.append(rendered.values)
+        invalid.append(rendered.invalid)
+        rows.append(table.num_rows)
+    kind = _common_kind(chunks, shards, id_column)
+    keys = []
+    for shard, column in zip(shards, chunks, strict=True):
+        key = _keys(column, kind)
+        if key.null_count > column.null_count:
+            raise InputError(f"{shard.name} has negative ids, others have uint64 ids; cast the id columns to one type")
+        keys += key.chunks
+    ids = pa.chunked_array(keys, _ID_TYPES[kind]).combine_chunks()
+    ids = pa.concat_arrays(ids.chunks) if isinstance(ids, pa.ChunkedArray) else ids
+    values, flags = pa.concat_arrays(texts), np.concatenate(invalid)
+    first = _first_of_each(ids, values, flags, shards, rows)
+    taken = pa.array(first)
+    return RecordTexts(ids.take(taken), values.take(taken), flags[first], kind)
+
+
+def _common_kind(chunks: Sequence[pa.ChunkedArray], shards: Sequence[Shard], id_column: str) -> str:
+    kinds = {check_id_type(chunk.type, id_column): shard.name for chunk, shard in zip(chunks, shards, strict=True)}
+    known = [kind for kind in kinds if kind != "null"]
+    if "bytes" in known and len(known) > 1:
+        one, other = known[:2]
+        raise InputError(
+            f"the ids in {kinds[one]} are {one}, those in {kinds[other]} {other}; cast the column {id_column!r} of one"
+        )
+    return "uint64" if "uint64" in known else next(iter(known), "null")
+
+
+def _keys(ids: pa.ChunkedArray, kind: str) -> pa.ChunkedArray:
+    """Ids in the one type of their kind; null where an integer is outside its range, so that it is found nowhere."""
+    chunks = []
+    for chunk in ids.chunks:
+        chunk = plain(chunk)
+        if pa.types.is_dictionary(chunk.type):
+            chunk = plain(chunk.dictionary_decode())
+        if kind == "uint64" and pa.types.is_signed_integer(chunk.type):
+            chunk = pc.if_else(pc.less(chunk, 0), pa.scalar(None, chunk.type), chunk)
+        elif kind == "int64" and chunk.type == pa.uint64():
+            chunk = pc.if_else(pc.greater(chunk, 2**63 - 1), pa.scalar(None, chunk.type), chunk)
+        chunks.append(chunk.cast(_ID_TYPES[kind]))
+    return pa.chunked_array(chunks, _ID_TYPES[kind])
+
+
+def _first_of_each(
+    ids: pa.Array,
+    texts: pa.LargeStringArray,
+    invalid: npt.NDArray[np.bool_],
+    shards: Sequence[Shard],
+    rows: Sequence[int],
+) -> npt.NDArray[np.int64]:
+    """The first row of each id that is not null, in order."""
+    present = np.flatnonzero(np.asarray(ids.is_valid()))
+    if not len(present):
+        return present
+    codes = np.asarray(ids.take(pa.array(present)).dictionary_encode().indices)
+    first, inverse = np.unique(codes, return_index=True, return_inverse=True)[1:]
+    again = np.flatnonzero(first[inverse] != np.arange(len(codes)))
+    if len(again):
+        one, other = present[first[inverse[again]]], present[again]
+        same = pc.equal(texts.take(pa.array(one)), texts.take(pa.array(other)))
+        both_null = np.asarray(texts.take(pa.array(one)).is_null()) & np.asarray(texts.take(pa.array(other)).is_null())
+        agree = np.asarray(pc.fill_null(same, False)) | (both_null & (invalid[one] == invalid[other]))
+        conflicts = np.flatnonzero(~agree)
+        if len(conflicts):
+            places = [_place(int(side[conflicts[0]]), shards, rows) for side in (one, other)]
+            more = f" ({len(conflicts) - 1} more such rows)" if len(conflicts) > 1 else ""
+            raise ConflictingRecordsError(
+                f"the same record id stands twice with different texts: {places[0]} and {places[1]} (rows counted from "
+                f"0){more}; keep one row per id in the records table"
+            )
+    return present[np.sort(first)]
+
+
+def _place(row: int, shards: Sequence[Shard], rows: Sequence[int]) -> str:
+    for shard, count in zip(shards, rows, strict=True):
+        if row < count:
+            return f"{shard.name}, row {row}"
+        row -= count
+    raise AssertionError("the row is in one of the shards")
