@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
 import click
 
-from flipkd.cli.options import common_options, print_values, run_options, set_up_logging, take_run
+from flipkd.cli.options import F, common_options, print_values, run_options, set_up_logging, take_run
 from flipkd.distill.config import OBJECTIVES, LossOptions, TrainConfig
 from flipkd.models.options import LINEAR_LAYERS, StudentOptions
 
@@ -62,10 +63,10 @@ _TYPES = {"int": int, "float": float, "str": str, "int | None": int, "str | None
 _SKIPPED = ("folder", "target_modules", "pairs", "output", "student", "loss", "run")
 
 
-def _field_options(kind: type) -> Any:
+def _field_options(kind: type) -> Callable[[F], F]:
     """One flag per field, with the field's own default: they cannot drift apart."""
 
-    def decorate(function: Any) -> Any:
+    def decorate(function: F) -> F:
         for item in reversed(fields(kind)):
             flag = f"--{item.name.replace('_', '-')}"
             if item.name in _SKIPPED:

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from flipkd.data.commit import read_json
+from flipkd.data.labels import read_labels
 from flipkd.data.location import Location, open_location
 from flipkd.data.pairs import distinct_texts
 from flipkd.data.records import text_digests
@@ -90,7 +90,7 @@ def read_training_pairs(
         path: Parquet file or folder; usually the output of ``teach``.
         left_text: column of left texts; None for what ``teach`` recorded, else ``left_text``.
         right_text: column of right texts.
-        label_column: None takes ``label`` if there is one.
+        label_column: None takes what ``teach`` recorded, else ``label``, if there is such a column.
 
     Raises:
         ConfigError: a column is missing or of a type that cannot be used, or there is neither label nor teacher score.
@@ -104,7 +104,8 @@ def read_training_pairs(
     names = (left_text or recorded[0], right_text or recorded[1])
     with ShardReader(location, shards[0]) as reader:
         known = reader.schema.names
-    label = label_column if label_column is not None else (_LABEL if _LABEL in known else None)
+    usual = facts.label_column if facts is not None and facts.label_column is not None else _LABEL
+    label = label_column if label_column is not None else (usual if usual in known else None)
     has_scores = TEACHER_SCORE in known
     if label is None and not has_scores:
         raise ConfigError(
@@ -219,32 +220,6 @@ def _read_shard(
     if has_scores:
         scores = table.column(TEACHER_SCORE).cast(pa.float32()).to_numpy()
     return _Part((sides[0], sides[1]), (labels, scores))
-
-
-def read_labels(column: pa.ChunkedArray, name: str, source: str) -> pa.ChunkedArray:
-    """Labels as float32 1 or 0, from integers, floats, booleans, or the strings "0" and "1".
-
-    Raises:
-        ConfigError: the column's type has no such form.
-        InputError: a label is null or another number; named by file and row.
-    """
-    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    if pa.types.is_boolean(kind):
-        values = column.cast(pa.int8()).cast(pa.float32())
-    elif pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind):
-        values = column.cast(kind).cast(pa.float32(), safe=False)
-    elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        text = column.cast(pa.large_string())
-        values = pc.if_else(pc.equal(text, "1"), 1.0, pc.if_else(pc.equal(text, "0"), 0.0, float("nan")))
-        values = values.cast(pa.float32())
-    else:
-        raise ConfigError(f"{source}: label column {name!r} has type {kind}; cast it to an integer of 0 or 1")
-    bad = pc.fill_null(pc.invert(pc.is_in(values, pa.array([0.0, 1.0], pa.float32()))), True)
-    if pc.any(bad).as_py():
-        row = pc.index(bad, True).as_py()
-        what = "is null" if not column[row].is_valid else "is neither 0 nor 1"
-        raise InputError(f"{source}: label column {name!r} {what} in row {row}; mend it, or drop the row")
-    return values
 
 
 def _similarities(scores: npt.NDArray[Any], facts: TeacherFacts | None) -> npt.NDArray[np.float32]:
