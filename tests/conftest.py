@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from flipkd.assets import icd9_descriptions, minilm_folder
+from tests.small_models import make_base
 
 WriteParquet = Callable[..., Path]
 
@@ -47,3 +48,9 @@ def write_parquet(tmp_path: Path) -> WriteParquet:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def base_dir(tmp_path_factory: pytest.TempPathFactory, minilm_dir: Path) -> Path:
+    """A Llama of 3 blocks x 32 with MiniLM's tokenizer."""
+    return make_base(tmp_path_factory.mktemp("base"), minilm_dir, seed=0)

@@ -1,0 +1,125 @@
+"""Packed texts give what padded ones give, for every family and both padding sides, at any mix of lengths."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import linear, normalize
+
+from flipkd.models.adapter import FAMILIES, new_student, save_student
+from flipkd.models.options import StudentOptions
+from flipkd.models.packed import pack, packed_attention
+from flipkd.models.student import Student
+from tests.small_models import make_base
+
+CLASSES = {
+    "llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "mistral": "Mistral", "gemma": "Gemma", "gemma2": "Gemma2",
+    "gemma3_text": "Gemma3Text",
+}  # fmt: skip
+WINDOWED = ("mistral", "gemma2", "gemma3_text")
+TEXTS = ["renal failure", "x", "acute kidney failure, " * 9, "chronic kidney disease stage four", "sepsis", ""]
+
+
+def shaken(student: Student) -> Student:
+    """B away from zero, so that LoRA does something."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+    return student
+
+
+def test_every_family_is_tried() -> None:
+    assert set(CLASSES) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_the_whole_padded_model(family: str, tmp_path: Path, minilm_dir: Path) -> None:
+    """e is what the whole tower's hidden state gives, padded left or right, through PEFT's own model."""
+    import peft
+    import transformers
+
+    window: dict[str, Any] = {"sliding_window": 7} if family in WINDOWED else {}
+    base = make_base(tmp_path / "base", minilm_dir, 0, CLASSES[family], **window)
+    for pooling in ("mean", "last"):
+        options = StudentOptions(str(base), layer=2, dimension=8, rank=4, pooling=pooling)  # type: ignore[arg-type]
+        student = shaken(new_student(options))
+        ids = student.tokenize(TEXTS).ids
+        with torch.no_grad():
+            together = student.encode_ids(ids)
+            alone = torch.cat([student.encode_ids([text]) for text in ids])
+        torch.testing.assert_close(together, alone, atol=2e-6, rtol=0)
+
+        save_student(student, tmp_path / "adapter")
+        whole = transformers.AutoModelForCausalLM.from_pretrained(
+            str(base), dtype=torch.float32, attn_implementation="eager"
+        )
+        model = peft.PeftModel.from_pretrained(whole, str(tmp_path / "adapter")).eval()
+        for side in ("left", "right"):
+            width = max(map(len, ids))
+            padded, mask = torch.zeros(len(ids), width, dtype=torch.int64), torch.zeros(len(ids), width)
+            for row, text in enumerate(ids):
+                place = slice(width - len(text), width) if side == "left" else slice(0, len(text))
+                padded[row, place], mask[row, place] = torch.tensor(text), 1
+            positions = (mask.cumsum(1) - 1).clamp(min=0).long()
+            with torch.no_grad():
+                states = model(
+                    input_ids=padded, attention_mask=mask.long(), position_ids=positions, output_hidden_states=True
+                ).hidden_states[2]
+                layer = model.get_base_model().model.layers[2]
+                x = layer.input_layernorm(states)
+                if pooling == "mean":
+                    pooled = (x * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
+                else:
+                    last = [width - 1 if side == "left" else len(text) - 1 for text in ids]
+                    pooled = x[torch.arange(len(ids)), last]
+                expected = normalize(linear(pooled, layer.self_attn.q_proj.lora_A["default"].weight), dim=-1)
+            torch.testing.assert_close(together, expected, atol=5e-6, rtol=0)
+
+
+def test_blocks_above_are_neither_loaded_nor_run(base_dir: Path) -> None:
+    student = new_student(StudentOptions(str(base_dir), layer=1, dimension=8, rank=4))
+    assert len(student.decoder.layers) == 2  # block 1 lends its norm and its projection, and is not run
+    ran: list[int] = []
+    whole = new_student(StudentOptions(str(base_dir), layer=1, dimension=8, rank=4, whole_tower=True))
+    for model in (student, whole):
+        for number, block in enumerate(model.decoder.layers):
+            block.register_forward_hook(lambda *_, number=number: ran.append(number))
+        with torch.no_grad():
+            model.encode_ids([[5, 6, 7]])
+    assert ran == [0, 0]
+    assert len(whole.decoder.layers) == 3
+
+
+def test_pack_orders_by_length_and_restarts_positions() -> None:
+    packed = pack([[1, 2, 3], [], [4], [5, 6, 7], [8]])
+    assert packed.ids.tolist() == [[4, 8, 1, 2, 3, 5, 6, 7]]
+    assert packed.positions.tolist() == [[0, 0, 0, 1, 2, 0, 1, 2]]
+    assert packed.groups == ((2, 1), (2, 3))
+    assert packed.order.tolist() == [1, 2, 4, 0, 3]
+
+
+def test_attention_refuses_a_mask() -> None:
+    one = torch.zeros(1, 1, 2, 4)
+    with pytest.raises(ValueError, match="no attention mask"):
+        packed_attention(torch.nn.Identity(), one, one, one, torch.ones(1, 1, 2, 2), groups=((1, 2),))
+
+
+def test_gradients_reach_every_lora_weight_that_is_read(base_dir: Path) -> None:
+    student = shaken(new_student(StudentOptions(str(base_dir), layer=2, dimension=8, rank=4)))
+    student.encode_ids([[5, 6, 7], [9, 10]]).sum().backward()
+    without = [name for name, p in student.named_parameters() if p.requires_grad and p.grad is None]
+    assert [name for name in without if "layers.2.self_attn.q_proj.lora_B" not in name] == []
+
+
+def test_bf16_stays_near_float32(base_dir: Path) -> None:
+    texts = ["acute kidney failure", "renal failure", "cholera due to vibrio cholerae"] * 3
+    vectors = [
+        shaken(new_student(StudentOptions(str(base_dir), layer=2, dimension=8, rank=4, dtype=dtype))).encode(texts)  # type: ignore[arg-type]
+        for dtype in ("float32", "bf16")
+    ]
+    assert (vectors[0] * vectors[1]).sum(1).min() > 0.99
