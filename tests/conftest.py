@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from flipkd.assets import icd9_descriptions, minilm_folder
+from flipkd.assets import icd9_descriptions, minilm_folder, smollm2_folder
 from tests.small_models import make_base
 
 WriteParquet = Callable[..., Path]
@@ -28,6 +28,12 @@ WriteParquet = Callable[..., Path]
 def minilm_dir() -> Path:
     """Folder of the real all-MiniLM-L6-v2; downloaded once per machine."""
     return minilm_folder()
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir() -> Path:
+    """Folder of the real SmolLM2-135M-Instruct, from 4-bit weights; downloaded and converted once per machine."""
+    return smollm2_folder()
 
 
 @pytest.fixture(scope="session")
