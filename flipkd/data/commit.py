@@ -120,7 +120,11 @@ def writing(target: str) -> Iterator[None]:
 
 def make_private_folder(path: str) -> None:
     """Makes a local folder and its parents; new ones get mode 0700."""
-    Path(path).mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder = Path(path)
+    for parent in reversed(folder.parents):  # mkdir's own mode is for the last folder alone
+        if not parent.exists():
+            parent.mkdir(mode=0o700, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
 
 
 def sync(path: str) -> None:
@@ -201,7 +205,7 @@ def read_json(root: Location, name: str) -> dict[str, Any] | None:
     try:
         with root.filesystem.open_input_stream(target.path) as source:
             values: dict[str, Any] = json.loads(source.read())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {target.uri}: {type(error).__name__}") from error

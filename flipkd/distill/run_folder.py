@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from flipkd.data.commit import make_private_folder, read_json, write_json, writing
-from flipkd.data.folders import is_whole, publish_folder, remove_unpublished
+from flipkd.data.folders import SEAL, is_whole, publish_folder, remove_unpublished
 from flipkd.data.location import open_location
 from flipkd.errors import OutputError
 from flipkd.models.adapter import save_student
@@ -116,7 +116,8 @@ class RunFolder:
                 save_student(student, folder)
                 return
             for file in best.iterdir():
-                shutil.copyfile(file, folder / file.name)
+                if file.name != SEAL:
+                    shutil.copyfile(file, folder / file.name)
 
         publish_folder(self.path / ADAPTER, write)
         shutil.rmtree(self._best, ignore_errors=True)

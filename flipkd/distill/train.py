@@ -30,6 +30,7 @@ from flipkd.distill.validation import deciding_value, validate
 from flipkd.errors import ConfigError, ModelError
 from flipkd.models.adapter import base_fingerprint, new_student
 from flipkd.models.student import Student
+from flipkd.run.job import available_cores
 from flipkd.run.manifest import versions
 from flipkd.run.output import locked, refuse_overlap
 from flipkd.run.progress import progress_bar
@@ -54,6 +55,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     refuse_overlap(output, [(option, open_location(uri)) for option, uri in inputs if uri is not None])
     with locked(output):
         if config.run.ray is None:
+            torch.set_num_threads(config.run.threads or available_cores())
             return train_worker(config, Workers())
         from flipkd.distill.cluster import train_on_ray
 

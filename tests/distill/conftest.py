@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from flipkd.config import RunOptions
 from flipkd.distill.config import TrainConfig
 from flipkd.models.options import StudentOptions
 
@@ -48,6 +49,8 @@ def make_config(tmp_path: Path, base_dir: Path, pairs_dir: Path) -> MakeConfig:
         usual: dict[str, Any] = {
             "pairs": str(pairs_dir), "output": str(tmp_path / "run"), "student": student, "steps": 6, "batch_pairs": 16,
             "evaluate_every": 3, "checkpoint_every": 2, "log_every": 1, "device": "cpu",
+            # Small models gain nothing from more, and OpenMP's busy waiting is slow on a shared machine.
+            "run": RunOptions(threads=1),
         }  # fmt: skip
         return TrainConfig(**{**usual, **options})
 

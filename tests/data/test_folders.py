@@ -1,0 +1,63 @@
+"""Private folders, and folders that are published whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flipkd.data.commit import make_private_folder
+from flipkd.data.folders import SEAL, is_whole, publish_folder, remove_unpublished
+
+
+def test_parents_that_are_made_are_private_too(tmp_path: Path) -> None:
+    make_private_folder(str(tmp_path / "a" / "b" / "c"))
+    assert {oct((tmp_path / name).stat().st_mode)[-3:] for name in ("a", "a/b", "a/b/c")} == {"700"}
+
+
+def test_a_folder_is_published_whole(tmp_path: Path) -> None:
+    def write(folder: Path) -> None:
+        (folder / "inner").mkdir()
+        (folder / "inner" / "weights").write_bytes(b"12345")
+        (folder / "facts").write_text("{}")
+
+    publish_folder(tmp_path / "target", write)
+    assert is_whole(tmp_path / "target")
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+    publish_folder(tmp_path / "target", lambda folder: (folder / "other").touch())  # replaced, not merged
+    assert sorted(path.name for path in (tmp_path / "target").iterdir()) == [SEAL, "other"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "missing", "no seal"])
+def test_damage_shows(tmp_path: Path, damage: str) -> None:
+    publish_folder(tmp_path / "target", lambda folder: (folder / "weights").write_bytes(b"12345") and None)
+    path = tmp_path / "target" / "weights"
+    if damage == "no seal":
+        (tmp_path / "target" / SEAL).unlink()
+    elif damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(b"1234" if damage == "cut" else b"12346")
+    assert not is_whole(tmp_path / "target")
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
+    publish_folder(tmp_path / "target", lambda folder: (folder / "old").touch())
+
+    def fail(folder: Path) -> None:
+        (folder / "half").touch()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        publish_folder(tmp_path / "target", fail)
+    assert is_whole(tmp_path / "target")
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    hidden = tmp_path / f".target.{'0' * 32}.tmp"
+    hidden.mkdir()
+    (hidden / "half").touch()
+    (tmp_path / ".other").mkdir()
+    remove_unpublished(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".other"]
