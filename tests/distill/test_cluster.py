@@ -1,0 +1,82 @@
+"""Training on Ray: real workers in processes of their own, one of which is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from flipkd.data.folders import is_whole
+from flipkd.distill.config import TrainConfig
+from flipkd.distill.train import train
+from tests.distill.conftest import MakeConfig
+
+
+def command(config: TrainConfig) -> list[str]:
+    return [
+        sys.executable, "-m", "flipkd.cli", "train", "--student", config.student.folder, "--pairs", config.pairs,
+        "--output", config.output, "--layer", "2", "--dimension", "8", "--rank", "4", "--batch-pairs", "16",
+        "--steps", str(config.steps), "--evaluate-every", str(config.evaluate_every), "--checkpoint-every",
+        str(config.checkpoint_every), "--log-every", "1", "--device", "cpu", "--no-progress", "--json", "--ray",
+        "local", "--workers", "2", "--threads", "1",
+    ]  # fmt: skip
+
+
+def curve(config: TrainConfig) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(config.output) / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_curve(found: TrainConfig, expected: TrainConfig) -> None:
+    pairs = list(zip(curve(found), curve(expected), strict=True))
+    assert [left["step"] for left, _ in pairs] == [right["step"] for _, right in pairs]
+    for left, right in pairs:
+        assert left["loss"] == pytest.approx(right["loss"], rel=1e-4)
+        assert left["tokens"] == right["tokens"]
+        if "validation" in right:
+            assert left["validation"]["auc"] == pytest.approx(right["validation"]["auc"], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_two_workers_give_the_curve_of_one(make_config: MakeConfig, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"steps": 24, "checkpoint_every": 4, "evaluate_every": 8}
+    one = make_config(output=str(tmp_path / "one"), **options)
+    train(one)
+    two = make_config(output=str(tmp_path / "two"), **options)
+    done = subprocess.run(command(two), check=True, capture_output=True, text=True, timeout=300, env=environment())
+    assert json.loads(done.stdout.strip().splitlines()[-1])["steps"] == 24
+    assert_same_curve(two, one)
+    assert is_whole(tmp_path / "two" / "adapter")
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_replaced_and_the_curve_is_the_same(make_config: MakeConfig, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"steps": 120, "checkpoint_every": 5, "evaluate_every": 40}
+    one = make_config(output=str(tmp_path / "one"), **options)
+    train(one)
+    two = make_config(output=str(tmp_path / "two"), **options)
+    process = subprocess.Popen(command(two), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "two" / "checkpoints").glob("step-00000015")):
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    workers = [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if any("RayTrainWorker" in part for part in child.cmdline())
+    ]
+    assert len(workers) == 2
+    workers[1].kill()
+    assert process.wait(timeout=300) == 0
+    assert_same_curve(two, one)
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
