@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from flipkd.config import EncoderOptions as EncoderOptions
     from flipkd.config import RunOptions as RunOptions
     from flipkd.config import ScoreConfig as ScoreConfig
+    from flipkd.config import TeachConfig as TeachConfig
     from flipkd.models.encoder import load_encoder as load_encoder
     from flipkd.run.encode import encode as encode
     from flipkd.run.pipeline import score as score
+    from flipkd.run.teach import teach as teach
     from flipkd.vectors.rows import VectorRows as VectorRows
     from flipkd.vectors.rows import quantise as quantise
     from flipkd.vectors.store import VectorStore as VectorStore
@@ -28,6 +30,7 @@ _HOMES = {
     "EncoderOptions": ("flipkd.config", "EncoderOptions"),
     "RunOptions": ("flipkd.config", "RunOptions"),
     "ScoreConfig": ("flipkd.config", "ScoreConfig"),
+    "TeachConfig": ("flipkd.config", "TeachConfig"),
     "VectorRows": ("flipkd.vectors.rows", "VectorRows"),
     "VectorStore": ("flipkd.vectors.store", "VectorStore"),
     "encode": ("flipkd.run.encode", "encode"),
@@ -35,6 +38,7 @@ _HOMES = {
     "quantise": ("flipkd.vectors.rows", "quantise"),
     "score": ("flipkd.run.pipeline", "score"),
     "score_pairs": ("flipkd.api", "score_pairs"),
+    "teach": ("flipkd.run.teach", "teach"),
 }
 __all__ = sorted([*_HOMES, "__version__"])
 

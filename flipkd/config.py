@@ -13,6 +13,8 @@ VECTOR_DTYPES: tuple[VectorDtype, ...] = ("float32", "bf16", "int8")
 # Columns that scoring itself can write.
 SCORE_COLUMNS = ("score", "probability", "match", "reason", "truncated")
 
+DEFAULT_LABEL_COLUMN = "label"
+
 
 @dataclass(frozen=True)
 class RunOptions:
@@ -115,7 +117,7 @@ class EncodeConfig:
     @property
     def text_template(self) -> str:
         """The template; a plain text column is the template of that column alone."""
-        return self.template if self.template is not None else f"{{{self.text_column}}}"
+        return _text_template(self.template, self.text_column)
 
 
 @dataclass(frozen=True)
@@ -201,6 +203,63 @@ class ScoreConfig:
     def pair_columns(self) -> tuple[str, str]:
         """The two input columns that say what is compared."""
         return (self.left_text, self.right_text) if self.is_inline else (self.left_column, self.right_column)
+
+
+@dataclass(frozen=True)
+class TeachConfig:
+    """Pairs to teacher scores. The pairs hold texts; or, with ``records``, ids of records.
+
+    Args:
+        teacher: a sentence-transformers bi-encoder folder, or a cross-encoder (a ``...ForSequenceClassification`` model
+            or a CrossEncoder folder) with one or two logits.
+        pairs: Parquet file or folder.
+        output: folder for the pairs with their scores; local for a bi-encoder, whose vectors are kept there too.
+        left_text: column of left texts; for id pairs the name of the column that is added. ``right_text`` likewise.
+        left_column: ids of the left records; ``right_column`` the right ones.
+        records: record table of the left (and right) records; ``right_records`` of the right ones where they differ.
+        id_column, text_column, template: as in ``EncodeConfig``.
+        label_column: labels; checked before any work (1 or 0 as integer, float, boolean or string; null is allowed) and
+            passed through. It may be absent under its default name.
+        rows_per_unit: pairs in one work unit.
+    """
+
+    teacher: EncoderOptions
+    pairs: str
+    output: str
+    left_text: str = "left_text"
+    right_text: str = "right_text"
+    left_column: str = "left_id"
+    right_column: str = "right_id"
+    records: str | None = None
+    right_records: str | None = None
+    id_column: str = "id"
+    text_column: str = "text"
+    template: str | None = None
+    label_column: str = DEFAULT_LABEL_COLUMN
+    rows_per_unit: int = 20_000
+    run: RunOptions = field(default_factory=RunOptions)
+
+    def __post_init__(self) -> None:
+        _check_positive("rows-per-unit", self.rows_per_unit)
+        if self.right_records is not None and self.records is None:
+            raise ConfigError("--right-records needs --records")
+        if self.left_text == self.right_text:
+            raise ConfigError(f"--left-text and --right-text are both {self.left_text!r}; name two columns")
+
+    @property
+    def pair_columns(self) -> tuple[str, str]:
+        """The two input columns that say what is compared."""
+        ids = (self.left_column, self.right_column)
+        return (self.left_text, self.right_text) if self.records is None else ids
+
+    @property
+    def text_template(self) -> str:
+        """The template of the records' texts; a plain text column is the template of that column alone."""
+        return _text_template(self.template, self.text_column)
+
+
+def _text_template(template: str | None, text_column: str) -> str:
+    return template if template is not None else f"{{{text_column}}}"
 
 
 def _check_dtype(dtype: str) -> None:

@@ -99,10 +99,14 @@ encoder_options = _options(
     click.option("--trust-remote-code", is_flag=True, help="Let Python code in the encoder's folder run."),
 )  # fmt: skip
 
-records_options = _options(
+record_text_options = _options(
     click.option("--id-column", default="id", show_default=True, help="Column of the records' ids."),
     click.option("--text-column", default="text", show_default=True, help="Column of the records' texts."),
     click.option("--template", help="Several columns as one text, as in '{name} | {address}'."),
+)  # fmt: skip
+
+records_options = _options(
+    record_text_options,
     click.option("--dtype", type=click.Choice(["int8", "bf16", "float32"]), default="int8", show_default=True,
                  help="Number format of stored vectors."),
 )  # fmt: skip

@@ -35,12 +35,13 @@ class ScoredPairs:
     """Scores of N pairs, in their order.
 
     ``scores`` float32 [N] on the cross-encoder's scale; ``truncated`` bool [N], whether a text was cut; ``tokens``
-    int32 [N], tokens that the model saw.
+    int32 [N], tokens that the model saw; ``distinct``, how many different pairs there were.
     """
 
     scores: np.ndarray
     truncated: np.ndarray
     tokens: np.ndarray
+    distinct: int
 
 
 class CrossEncoder:
@@ -133,7 +134,7 @@ class CrossEncoder:
         if (tokens == 0).any():
             raise ModelError("the cross-encoder's tokenizer makes no token at all of some pairs; they cannot be scored")
         scores = np.empty(0, np.float32) if logits is None else self._activate(logits)
-        return ScoredPairs(scores[rows], truncated[rows], tokens[rows])
+        return ScoredPairs(scores[rows], truncated[rows], tokens[rows], len(distinct))
 
     def _activate(self, logits: np.ndarray) -> np.ndarray:
         """Scores float32 [N] of logits float32 [N, 1 or 2]."""

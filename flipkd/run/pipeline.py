@@ -7,9 +7,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from flipkd.config import EncodeConfig, ScoreConfig
+from flipkd.config import EncodeConfig, EncoderOptions, ScoreConfig, VectorDtype
 from flipkd.data.commit import read_json
-from flipkd.data.location import open_location
+from flipkd.data.location import Location, open_location
 from flipkd.data.records import as_text, normalise, render_texts, template_fields
 from flipkd.data.shards import ShardReader
 from flipkd.run.encode import (
@@ -24,6 +24,7 @@ from flipkd.run.plan_score import ScorePlan, plan_score, work_folder
 from flipkd.run.score import ScoreWorker
 from flipkd.run.texts import SAMPLE_ROWS, TextsTask, TextsWorker, estimate_distinct, merge_texts
 from flipkd.run.top_k import TopKTask, TopKWorker, compare_candidates
+from flipkd.run.units import Plan, without_failed
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +43,11 @@ def score(config: ScoreConfig) -> dict[str, Any]:
         stages: dict[str, Any] = {}
         if len(done) < len(job.plan.units):
             for name, encode_plan in zip(("encode_left", "encode_right"), planned.encodes, strict=False):
-                stages[name] = _summary(encode_planned(encode_plan))
+                stages[name] = summary(encode_planned(encode_plan))
             if config.is_inline:
-                stages.update(_encode_inline(planned))
+                found, texts_stages = _encode_inline(planned)
+                job = replace(job, plan=without_failed(job.plan, found, done))
+                stages.update(texts_stages)
             if config.top_k is not None:
                 job, stages["candidates"] = _top_k_job(planned)
         complete = all(stage.get("complete", True) for stage in stages.values())
@@ -93,32 +96,49 @@ def _distinct_inline_texts(planned: ScorePlan) -> int:
     return 0
 
 
-def _encode_inline(planned: ScorePlan) -> dict[str, Any]:
-    """Distinct texts of all units, then their store."""
+def _encode_inline(planned: ScorePlan) -> tuple[Plan, dict[str, Any]]:
     config, task = planned.config, planned.task
     assert config.encoder is not None
     assert task.digest_key is not None
     work = work_folder(config, planned.job.plan, task.run_fingerprint)
-    lists = work.child("lists")
-    texts_task = TextsTask(task.pairs, lists, task.run_fingerprint, task.pair_columns, task.digest_key)
+    texts = TextsTask(task.pairs, work.child("lists"), task.run_fingerprint, task.pair_columns, task.digest_key)
+    return encode_inline(planned.job, texts, work, task.store, config.encoder, config.dtype)
+
+
+def encode_inline(
+    job: Job, texts: TextsTask, work: Location, store: str, encoder: EncoderOptions, dtype: VectorDtype
+) -> tuple[Plan, dict[str, Any]]:
+    """Lists the distinct texts of all units of a job over inline pairs, and encodes them into a store.
+
+    Args:
+        job: over the pairs; its units, fingerprint and way to run are taken.
+        texts: what to list; ``output`` is below ``work``.
+        work: folder for the lists and the texts; left for the caller to remove.
+        store: folder of the store; its ids are the texts' digests.
+        encoder: encodes them.
+        dtype: of the store.
+
+    Returns:
+        The plan of the units whose texts are in the store (others could not be read and were skipped), and what the two
+        stages say of themselves.
+    """
     listed = run_job(
-        replace(planned.job, kind="texts", output=lists, make_worker=partial(TextsWorker, texts_task), output_bytes=0)
-    )
-    outputs = [unit.output for unit in planned.job.plan.units]
-    failed = {failure["output"] for failure in listed["skipped_units"]}
-    merge_texts(lists, [name for name in outputs if name not in failed], work.child("texts"))
-    encoded = encode_planned(
-        plan_encode(
-            EncodeConfig(
-                encoder=config.encoder,
-                records=work.child("texts").path,
-                output=task.store,
-                dtype=config.dtype,
-                run=config.run,
-            )
+        replace(
+            job,
+            kind="texts",
+            output=texts.output,
+            make_worker=partial(TextsWorker, texts),
+            uses_model=False,
+            output_bytes=0,
+            about={},
         )
     )
-    return {"texts": _summary(listed), "encode": _summary(encoded)}
+    failed = {failure["output"] for failure in listed["skipped_units"]}
+    units = [unit for unit in job.plan.units if unit.output not in failed]
+    merge_texts(texts.output, [unit.output for unit in units], work.child("texts"))
+    config = EncodeConfig(encoder=encoder, records=work.child("texts").path, output=store, dtype=dtype, run=job.run)
+    encoded = encode_planned(plan_encode(config))
+    return replace(job.plan, units=units), {"texts": summary(listed), "encode": summary(encoded)}
 
 
 def _top_k_job(planned: ScorePlan) -> tuple[Job, dict[str, Any]]:
@@ -134,10 +154,11 @@ def _top_k_job(planned: ScorePlan) -> tuple[Job, dict[str, Any]]:
     keep = dict(zip(names, compare_candidates(candidates, names, config.top_k), strict=True))
     last = TopKTask(candidates, task.output, task.run_fingerprint, keep)
     plan = replace(planned.job.plan, units=units)
-    return replace(planned.job, plan=plan, make_worker=partial(TopKWorker, last)), _summary(found)
+    return replace(planned.job, plan=plan, make_worker=partial(TopKWorker, last)), summary(found)
 
 
-def _summary(manifest: dict[str, Any]) -> dict[str, Any]:
+def summary(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What the manifest of a job keeps of one of its stages."""
     kept = ("complete", "units", "rows_in", "rows_out", "reasons", "counts", "seconds", "wall_seconds", "seal_seconds")
     return {key: manifest[key] for key in (*kept, "store") if key in manifest}
 

@@ -26,7 +26,7 @@ from flipkd.run.job import Job
 from flipkd.run.manifest import WORK_FOLDER
 from flipkd.run.output import refuse_overlap
 from flipkd.run.score import ScoreTask, ScoreWorker, output_columns
-from flipkd.run.units import Plan, fingerprint, plan_units
+from flipkd.run.units import Plan, fingerprint, plan_units, work_name
 
 
 @dataclass(frozen=True)
@@ -184,12 +184,11 @@ def _store_folder(config: ScoreConfig, plan: EncodePlan) -> str:
 
 
 def work_folder(config: ScoreConfig, plan: Plan, run_fingerprint: str) -> Location:
-    """Of one run over one input, so that work for another input is never taken for this one's."""
-    own = fingerprint({"run": run_fingerprint, "units": [unit.fingerprint for unit in plan.units]})
+    """Of one run over one input; see ``work_name``."""
     root = open_location(config.cache) if config.cache else open_location(config.output).child(WORK_FOLDER)
     if not root.is_local:
         raise ConfigError("a vector store is mapped into memory: name a local folder for it with --cache")
-    return root.child(f"work-{own[:16]}")
+    return root.child(work_name(plan, run_fingerprint))
 
 
 def _check_output_columns(task: ScoreTask, pairs: Location, plan: Plan) -> None:

@@ -18,7 +18,7 @@ def status(folder: str) -> dict[str, Any]:
     """Units and rows done, rate, time left and counts per reason.
 
     Args:
-        folder: output of ``score`` or ``encode``.
+        folder: output of ``score``, ``encode`` or ``teach``.
 
     Returns:
         For a running or broken-off job: ``state`` ``unfinished``, with the stage that is at work. ``rows_per_second``
@@ -55,13 +55,13 @@ def _kept(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _stage_folders(output: Location) -> list[Location]:
-    """Folders of the stages before scoring: a store's parts, or the work folder's stores and text lists."""
+    """Folders of the stages before scoring: a store's parts; the work folder's joined pairs, text lists, stores."""
     found = [output.child(PARTS)]
     selector = pafs.FileSelector(output.child(WORK_FOLDER).path, allow_not_found=True)
     for info in sorted(output.filesystem.get_file_info(selector), key=lambda info: info.path):
         if info.type == pafs.FileType.Directory and info.base_name != "parts":
             work = output.child(f"{WORK_FOLDER}/{info.base_name}")
-            found += [work.child("lists"), work.child("store").child(PARTS), work.child(PARTS)]
+            found += [work.child("joined"), work.child("lists"), work.child("store").child(PARTS), work.child(PARTS)]
     return found
 
 

@@ -12,7 +12,7 @@ import json
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -74,6 +74,31 @@ class Plan:
     def rows(self) -> int:
         """Rows of all units."""
         return sum(unit.rows for unit in self.units)
+
+
+def plan_fingerprint(plan: Plan, run_fingerprint: str) -> str:
+    """Of one run over one input, so that work for another input is never taken for this one's."""
+    return fingerprint({"run": run_fingerprint, "units": [unit.fingerprint for unit in plan.units]})
+
+
+def work_name(plan: Plan, run_fingerprint: str) -> str:
+    """Name of the folder for the work of one run over one input."""
+    return f"work-{plan_fingerprint(plan, run_fingerprint)[:16]}"
+
+
+def without_failed(plan: Plan, found: Plan, done: set[str]) -> Plan:
+    """The plan of a job after a stage before it: the units that the stage passed on, and those that are done already.
+
+    A unit that failed in the stage, and was skipped, must not be worked on by halves.
+
+    Args:
+        plan: of the job.
+        found: the units that the stage passed on; they replace the plan's.
+        done: outputs of the job that are there.
+    """
+    passed = {unit.output: unit for unit in found.units}
+    units = [passed.get(unit.output, unit) for unit in plan.units if unit.output in passed or unit.output in done]
+    return replace(plan, units=units)
 
 
 def plan_units(

@@ -15,9 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from flipkd.config import EncoderOptions, RunOptions, ScoreConfig
-from flipkd.errors import ConfigError
+from flipkd.errors import ConfigError, InputError
 from flipkd.models.encoder import load_encoder
+from flipkd.run.manifest import UnitReport
 from flipkd.run.pipeline import dry_run, score
+from flipkd.run.texts import TextsWorker
+from flipkd.run.units import WorkUnit
 from tests.run.conftest import World
 from tests.run.test_score import read_scores
 
@@ -158,6 +161,27 @@ def test_a_killed_encode_stage_is_resumed(world: World, tmp_path: Path, monkeypa
     assert os.listdir(tmp_path / "out/.flipkd") != ["lock"]
     score(task)
     assert read_scores(tmp_path / "out").equals(read_scores(tmp_path / "undisturbed"))
+
+
+def test_a_unit_whose_texts_could_not_be_listed_is_not_scored_by_halves(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left, right = world.texts
+    run = RunOptions(on_bad_shard="skip")
+    task = inline(tmp_path, world.encoder, [texts(left[:9], right[:9]), texts(left[9:15], right[9:15])], run=run)
+    call = TextsWorker.__call__
+
+    def fails_once(self: TextsWorker, unit: WorkUnit) -> UnitReport:
+        if unit.shard.name == "001.parquet":
+            raise InputError("the network went away")
+        return call(self, unit)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TextsWorker, "__call__", fails_once)
+        manifest = score(task)
+    assert (manifest["units"], manifest["reasons"], manifest["complete"]) == (1, {}, False)
+    manifest = score(task)
+    assert (manifest["units"], manifest["reasons"], manifest["complete"]) == (2, {}, True)
 
 
 def test_a_column_that_is_no_text_is_refused(world: World, tmp_path: Path) -> None:

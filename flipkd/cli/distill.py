@@ -1,0 +1,45 @@
+"""``teach``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from flipkd.cli.options import (
+    common_options,
+    encoder_options,
+    record_text_options,
+    report_job,
+    run_options,
+    set_up_logging,
+    take_encoder,
+    take_run,
+)
+from flipkd.config import DEFAULT_LABEL_COLUMN, TeachConfig
+
+
+@click.command()
+@click.option("--teacher", required=True, help="A bi-encoder or cross-encoder folder.")
+@click.option("--pairs", required=True, help="Parquet file or folder.")
+@click.option("--output", required=True, help="Folder for the pairs with teacher scores.")
+@click.option("--left-text", default="left_text", show_default=True, help="Column of left texts; for ids it is added.")
+@click.option("--right-text", default="right_text", show_default=True, help="Column of right texts; likewise.")
+@click.option("--left-column", default="left_id", show_default=True, help="Column of left ids, with --records.")
+@click.option("--right-column", default="right_id", show_default=True, help="Column of right ids, with --records.")
+@click.option("--records", help="Record table of the left (and right) records, for pairs of ids.")
+@click.option("--right-records", help="Record table of the right records.")
+@click.option("--label-column", default=DEFAULT_LABEL_COLUMN, show_default=True, help="Labels, checked if there.")
+@click.option("--rows-per-unit", type=int, default=20_000, show_default=True, help="Pairs in one work unit.")
+@record_text_options
+@encoder_options
+@run_options
+@common_options
+def teach(as_json: bool, log_level: str, **options: Any) -> None:
+    """Score pairs with a teacher: what train learns from."""
+    set_up_logging(log_level)
+    options["encoder"] = options.pop("teacher")
+    from flipkd.run.teach import teach as run
+
+    config = TeachConfig(teacher=take_encoder(options), run=take_run(options), **options)
+    report_job(run(config), config.output, as_json)

@@ -1,0 +1,179 @@
+"""Plan a ``teach``: read footers and labels, decide everything, start nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from flipkd.config import DEFAULT_LABEL_COLUMN, TeachConfig
+from flipkd.data.labels import read_labels
+from flipkd.data.location import Location, open_location
+from flipkd.data.record_texts import check_ids_fit
+from flipkd.data.records import as_text, template_fields
+from flipkd.data.shards import Shard, ShardReader, find_shards
+from flipkd.data.teacher_scores import TEACHER_COLUMNS, TeacherFacts
+from flipkd.errors import ConfigError, InputError
+from flipkd.models.teacher import read_cross_encoder, teacher_kind
+from flipkd.run.encode import encoder_fingerprint
+from flipkd.run.join import JOIN_REASON, RecordTable
+from flipkd.run.output import refuse_overlap
+from flipkd.run.units import Plan, fingerprint, plan_units
+from flipkd.vectors.id_types import check_id_type
+
+_LABEL_ROWS = 1 << 18
+
+
+@dataclass(frozen=True)
+class TeachPlan:
+    """A planned ``teach``.
+
+    Args:
+        config: what was asked for.
+        pairs: root of the pair table.
+        output: the output folder.
+        teacher: what the scores will mean.
+        tables: record tables of the left and, where they differ, the right records; empty for pairs of texts.
+        plan: units over the pairs.
+        run_fingerprint: of everything that decides the outputs besides the pairs.
+    """
+
+    config: TeachConfig
+    pairs: Location
+    output: Location
+    teacher: TeacherFacts
+    tables: tuple[RecordTable, ...]
+    plan: Plan
+    run_fingerprint: str
+
+
+def plan_teach(config: TeachConfig) -> TeachPlan:
+    """Reads the teacher's configuration, the inputs' footers and the labels, without starting any work.
+
+    Raises:
+        ConfigError: an option or a column cannot be used.
+        InputError: an input cannot be read, or a label is not 0 or 1.
+        ModelError: the folder cannot be a teacher.
+    """
+    pairs, output = open_location(config.pairs), open_location(config.output)
+    inputs = [("--pairs", config.pairs), ("--records", config.records), ("--right-records", config.right_records)]
+    refuse_overlap(output, [(option, open_location(uri)) for option, uri in inputs if uri is not None])
+    kind = teacher_kind(config.teacher.folder)
+    if kind == "bi-encoder" and not output.is_local:
+        raise ConfigError(
+            f"--output {output.uri}: the vectors of a bi-encoder teacher are kept there and mapped into memory, so it "
+            "must be a local folder"
+        )
+    skip = config.run.on_bad_shard == "skip"
+    tables = tuple(
+        RecordTable(location, tuple(find_shards(location)))
+        for location in (open_location(uri) for uri in (config.records, config.right_records) if uri is not None)
+    )
+    shards = find_shards(pairs)
+    kinds = [_id_kind(config, table) for table in tables]
+    label_column = _check_pairs(config, pairs, shards, kinds)
+    teacher = _teacher(config, kind, label_column)
+    run_fingerprint = fingerprint(
+        {
+            "kind": "teach",
+            "format": 1,
+            "teacher": teacher.footer(),
+            "pair_columns": config.pair_columns,
+            "records": [
+                {
+                    "id_column": config.id_column,
+                    "template": config.text_template,
+                    "shards": [(shard.name, shard.size_bytes, shard.modified_ns) for shard in table.shards],
+                }
+                for table in tables
+            ],
+            "rows_per_unit": config.rows_per_unit,
+        }
+    )
+    plan = plan_units(pairs, shards, config.rows_per_unit, run_fingerprint, split_row_groups=True, skip_bad_shards=skip)
+    return TeachPlan(config, pairs, output, teacher, tables, plan, run_fingerprint)
+
+
+def _teacher(config: TeachConfig, kind: str, label_column: str | None) -> TeacherFacts:
+    options = config.teacher
+    columns = (config.left_text, config.right_text)
+    if kind == "bi-encoder":
+        return TeacherFacts("cosine", None, encoder_fingerprint(options), kind, columns, label_column)
+    folder = read_cross_encoder(options.folder)
+    own = fingerprint({"folder": folder.fingerprint(options.max_length), "dtype": options.dtype})
+    return TeacherFacts(folder.scale, folder.activation, own, kind, columns, label_column)
+
+
+def _id_kind(config: TeachConfig, table: RecordTable) -> str:
+    """How the ids of a record table are compared; also looks for its columns, so that a wrong name fails early."""
+    with ShardReader(table.location, table.shards[0]) as reader:
+        reader.check_columns([config.id_column, *template_fields(config.text_template)])
+        return check_id_type(_type_of(reader, config.id_column), config.id_column)
+
+
+def _type_of(reader: ShardReader, column: str) -> pa.DataType:
+    """Type of a column that is there; those from folder names are strings."""
+    return reader.schema.field(column).type if column in reader.schema.names else pa.string()
+
+
+def _check_pairs(config: TeachConfig, pairs: Location, shards: Sequence[Shard], kinds: Sequence[str]) -> str | None:
+    """Looks at the schema and the labels of every shard, so that what cannot be used fails before hours of work.
+
+    Returns:
+        The label column, or None where there is none.
+    """
+    with ThreadPoolExecutor(max_workers=16) as pool:
+        labelled = list(pool.map(lambda shard: _check_shard(config, pairs, shard, kinds), shards))
+    with_labels = [shard for shard, is_labelled in zip(shards, labelled, strict=True) if is_labelled]
+    without = [shard for shard, is_labelled in zip(shards, labelled, strict=True) if is_labelled is False]
+    if with_labels and without:
+        raise InputError(
+            f"{pairs.uri}: {with_labels[0].name} has a label column {config.label_column!r} and {without[0].name} has "
+            "none; add it there (null where unknown), or name another --label-column"
+        )
+    if without and config.label_column != DEFAULT_LABEL_COLUMN:
+        raise ConfigError(f"{without[0].name} of {pairs.uri} has no label column {config.label_column!r}")
+    return config.label_column if with_labels else None
+
+
+def _check_shard(config: TeachConfig, pairs: Location, shard: Shard, kinds: Sequence[str]) -> bool | None:
+    """Whether the shard has labels; None where it cannot be read and may be skipped."""
+    source = f"{shard.name} of {pairs.uri}"
+    skip = config.run.on_bad_shard == "skip"
+    try:
+        reader = ShardReader(pairs, shard)
+    except InputError:
+        if skip:
+            return None
+        raise
+    with reader:
+        reader.check_columns(config.pair_columns)
+        added = [*TEACHER_COLUMNS, JOIN_REASON]
+        if kinds:
+            added += [config.left_text, config.right_text]
+        for name in added:
+            if name in reader.schema.names:
+                raise ConfigError(f"{source} has a column {name!r} already, which teach adds; rename or drop it")
+        for place, column in enumerate(config.pair_columns):
+            kind = _type_of(reader, column)
+            if kinds:
+                check_ids_fit(kind, column, kinds[min(place, len(kinds) - 1)])
+            else:
+                as_text(pa.array([], kind), column)
+        name = config.label_column
+        if name not in reader.schema.names and name not in dict(shard.partitions):
+            return False
+        tables, row = reader.all_batches([name], _LABEL_ROWS), 0
+        while True:
+            try:
+                table = next(tables, None)
+            except InputError:
+                if skip:
+                    return None
+                raise
+            if table is None:
+                return True
+            read_labels(table.column(name), name, source, first_row=row, allows_null=True)
+            row += table.num_rows
