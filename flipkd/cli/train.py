@@ -57,6 +57,7 @@ _CHOICES = {
     "dtype": (("float32", "bf16"), "What the blocks compute in."),
     "projection": (("q", "k", "v"), "Whose A of layer k is read."),
     "pooling": (("mean", "last"), "Over a text's tokens."),
+    "start": (("whitened", "random"), "Where A of layer k starts."),
     "objective": (OBJECTIVES, "What is minimised; all but flip are for comparison."),
 }
 _TYPES = {"int": int, "float": float, "str": str, "int | None": int, "str | None": str, "bool": bool}

@@ -83,6 +83,7 @@ class TrainConfig:
         warmup_fraction: of the steps with a linearly rising rate; then it falls along a cosine to 0.
         weight_decay: AdamW's.
         max_gradient_norm: gradients are scaled down to this norm.
+        start: where A of layer k starts: ``whitened`` (``flipkd.distill.start``), or ``random`` as LoRA does.
         max_tokens: tokens in one pass through the blocks. A batch that has more is computed by gradient caching: the
             result is the same, memory is that of one pass, and each text is run forward twice.
         gradient_checkpointing: forget activations of a block and compute them again backwards.
@@ -112,6 +113,7 @@ class TrainConfig:
     warmup_fraction: float = 0.1
     weight_decay: float = 0.01
     max_gradient_norm: float = 1.0
+    start: Literal["whitened", "random"] = "whitened"
     max_tokens: int = 8192
     gradient_checkpointing: bool = False
     evaluate_every: int = 100
@@ -130,6 +132,8 @@ class TrainConfig:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
         if self.batch_pairs < 2:
             raise ConfigError("--batch-pairs must be at least 2: every loss compares pairs")
+        if self.start not in ("whitened", "random"):
+            raise ConfigError(f"--start must be whitened or random, not {self.start!r}")
         if self.patience is not None and self.patience < 1:
             raise ConfigError("--patience must be at least 1")
         for name in ("validation_fraction", "warmup_fraction"):

@@ -26,6 +26,7 @@ from flipkd.distill.language_model import JointPrompt, backward_language_model
 from flipkd.distill.objective import Batch, batch_loss, check_objective
 from flipkd.distill.picture import draw_learning_curve
 from flipkd.distill.run_folder import RunFolder
+from flipkd.distill.start import whiten_projection
 from flipkd.distill.validation import deciding_value, validate
 from flipkd.errors import ConfigError, ModelError
 from flipkd.models.adapter import base_fingerprint, new_student
@@ -165,6 +166,8 @@ class _Training:
         """From the last checkpoint to the last step."""
         config, folder = self._config, self._folder
         progress = load_checkpoint(folder.checkpoints, self._student, self._optimizer)
+        if progress.step == 0 and config.start == "whitened":
+            whiten_projection(self._student, self._ids, self._workers, config.max_tokens, config.seed)
         if self._leads:
             folder.forget_after(progress.step)
         started = time.perf_counter() - progress.seconds
