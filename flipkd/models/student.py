@@ -48,6 +48,11 @@ class Student(nn.Module):
             cuts_left=tokenizer.truncation_side == "left",
             unknown=tokenizer.unk_token_id,
         )
+        if options.dtype == "bf16":
+            for module in model.modules():
+                if hasattr(module, "cast_input_dtype_enabled"):
+                    # Autocast takes care of it; PEFT's own cast to LoRA's float32 would only be undone again.
+                    module.cast_input_dtype_enabled = False
         # A view of the decoder that ends where x is: its blocks 0..k-1, and layer k's input norm for its last norm.
         # Kept in a list, so that its modules, which are the decoder's own, are not registered twice.
         decoder = model.get_base_model().model
