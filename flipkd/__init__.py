@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from flipkd.config import ScoreConfig as ScoreConfig
     from flipkd.config import TeachConfig as TeachConfig
     from flipkd.models.encoder import load_encoder as load_encoder
+    from flipkd.models.export import export as export
     from flipkd.run.encode import encode as encode
     from flipkd.run.pipeline import score as score
     from flipkd.run.teach import teach as teach
@@ -34,6 +35,7 @@ _HOMES = {
     "VectorRows": ("flipkd.vectors.rows", "VectorRows"),
     "VectorStore": ("flipkd.vectors.store", "VectorStore"),
     "encode": ("flipkd.run.encode", "encode"),
+    "export": ("flipkd.models.export", "export"),
     "load_encoder": ("flipkd.models.encoder", "load_encoder"),
     "quantise": ("flipkd.vectors.rows", "quantise"),
     "score": ("flipkd.run.pipeline", "score"),

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from flipkd.cli import batch, demo, distill, train
+from flipkd.cli import batch, demo, distill, export, train
 from flipkd.errors import FlipkdError
 
 
@@ -27,5 +27,5 @@ def main() -> None:
     """Score candidate pairs of records, Parquet to Parquet."""
 
 
-for _command in (batch.encode, batch.score, batch.status, distill.teach, train.train, demo.demo):
+for _command in (batch.encode, batch.score, batch.status, distill.teach, train.train, export.export, demo.demo):
     main.add_command(_command)
