@@ -37,7 +37,12 @@ def publish_folder(target: Path, write: Callable[[Path], None]) -> None:
                 sync(str(path))
             if target.exists():
                 target.rename(old)
-            hidden.rename(target)
+            try:
+                hidden.rename(target)
+            except OSError:
+                if old.exists():
+                    old.rename(target)
+                raise
             sync(str(target.parent))
         finally:
             shutil.rmtree(hidden, ignore_errors=True)

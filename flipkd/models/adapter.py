@@ -7,6 +7,7 @@ give wrong vectors.
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,8 @@ def new_student(options: StudentOptions, device: str = "cpu", seed: int = 0) -> 
         rank_pattern={head: options.dimension},
         alpha_pattern={head: options.dimension},
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by a name that is on its way out
         torch.manual_seed(seed)
         model = get_peft_model(base, config).to(device)
     return Student(options, layer, model, tokenizer, fingerprint)
