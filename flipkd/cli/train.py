@@ -13,7 +13,7 @@ from flipkd.distill.config import OBJECTIVES, LossOptions, TrainConfig
 from flipkd.models.options import LINEAR_LAYERS, StudentOptions
 
 _HELP = {
-    "layer": "k: blocks 0..k-1 are run. Default: a third of the depth.",
+    "layer": "k: blocks 0..k-1 are run. Default: a quarter of the depth.",
     "dimension": "Rank of layer k's A: the size of a vector.",
     "rank": "LoRA rank of the linear layers below.",
     "alpha": "LoRA's alpha.",

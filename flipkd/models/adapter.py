@@ -149,7 +149,7 @@ def _load_base(options: StudentOptions) -> tuple[Any, Any, int, str]:
         if config.model_type not in FAMILIES:
             raise ModelError(f"{path}: a {config.model_type} model; students are of {', '.join(FAMILIES)}")
         depth = config.num_hidden_layers
-        layer = options.layer if options.layer is not None else max(1, round(depth / 3))
+        layer = options.layer if options.layer is not None else max(1, round(depth / 4))
         if layer >= depth:
             raise ConfigError(f"--layer {layer}: the base has {depth} blocks; choose at most {depth - 1}")
         if not options.whole_tower:

@@ -17,7 +17,7 @@ class StudentOptions:
 
     Args:
         folder: a Hugging Face decoder folder, or the name of one on the hub.
-        layer: k; blocks 0..k-1 are run. None: a third of the depth.
+        layer: k; blocks 0..k-1 are run. None: a quarter of the depth.
         dimension: rank of layer k's A, the size of a vector.
         rank: LoRA rank of the linear layers below.
         alpha: LoRA's alpha; the update is (alpha / rank) B A.

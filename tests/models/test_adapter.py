@@ -82,7 +82,7 @@ def test_a_layer_above_the_tower_is_refused(base_dir: Path) -> None:
         new_student(StudentOptions(str(base_dir), layer=3))
 
 
-def test_default_layer_is_a_third(base_dir: Path) -> None:
+def test_default_layer_is_a_quarter(base_dir: Path) -> None:
     student = new_student(StudentOptions(str(base_dir), dimension=8, rank=4))
     assert student.layer == 1
     assert json.dumps(student.base_fingerprint)  # plain text
