@@ -138,6 +138,6 @@ def test_written_pairs_have_the_columns_of_teach_and_equal_bytes_stay(tmp_path: 
     assert before.st_mode & 0o077 == 0
     write_pairs(pairs, path)
     assert path.stat().st_mtime_ns == before.st_mtime_ns
-    write_pairs(pairs, path, with_ids=True)
-    assert pq.read_table(path).schema.names == ["left_id", "right_id", "left_text", "right_text", "label", "group"]
+    write_pairs(pairs.first(50), path)
+    assert pq.read_table(path).num_rows == 50
     assert list(path.parent.iterdir()) == [path]

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flipkd.assets import icd9_descriptions
+from flipkd.data.commit import make_private_folder
 from flipkd.errors import OutputError
 
 Split = Literal["train", "validation", "test"]
@@ -148,29 +149,20 @@ def neighbour_rows(count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.in
     return rows[inside], others[inside]
 
 
-def write_pairs(pairs: PairSet, path: Path, with_ids: bool = False) -> None:
-    """Writes one Parquet file: ``left_text``, ``right_text``, ``label`` int8, ``group``; atomically.
-
-    A file that holds the same bytes stays as it is, since jobs know their input by size and time.
-
-    Args:
-        pairs: the pairs.
-        path: the file; folders above it are made.
-        with_ids: whether ``left_id`` and ``right_id`` stand before the texts.
-
-    Raises:
-        OutputError: the file cannot be written.
-    """
-    ids = {"left_id": pairs.left_id, "right_id": pairs.right_id} if with_ids else {}
-    columns = {**ids, "left_text": pairs.left_text, "right_text": pairs.right_text}
+def pair_table(pairs: PairSet) -> pa.Table:
+    """``left_text``, ``right_text``, ``label`` int8, ``group``."""
     text = pa.string()
-    table = pa.table({name: pa.array(values, text) for name, values in columns.items()})
-    table = table.append_column("label", pa.array(pairs.label))
-    write_table(table.append_column("group", pa.array(pairs.group, text)), path)
+    columns = {"left_text": pa.array(pairs.left_text, text), "right_text": pa.array(pairs.right_text, text)}
+    return pa.table({**columns, "label": pa.array(pairs.label), "group": pa.array(pairs.group, text)})
+
+
+def write_pairs(pairs: PairSet, path: Path) -> None:
+    """Writes ``pair_table`` as one file; see ``write_table``."""
+    write_table(pair_table(pairs), path)
 
 
 def write_table(table: pa.Table, path: Path) -> None:
-    """Writes a Parquet file atomically; one that holds the same bytes stays as it is.
+    """Writes a Parquet file atomically; one of the same bytes stays, since jobs know their input by size and time.
 
     Raises:
         OutputError: the file cannot be written.
@@ -179,7 +171,7 @@ def write_table(table: pa.Table, path: Path) -> None:
     pq.write_table(table, sink)
     data = sink.getvalue().to_pybytes()
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private_folder(str(path.parent))
         if path.exists() and path.read_bytes() == data:
             return
         temporary = path.with_name(f".{path.name}.tmp")

@@ -76,7 +76,7 @@ def fine_tune_teacher(
 
     Args:
         base: sentence-transformers folder.
-        train: Parquet with ``left_text``, ``right_text`` and ``label`` (0 or 1).
+        train: Parquet file or folder with ``left_text``, ``right_text`` and ``label`` (0 or 1).
         output: folder of the fine-tuned model.
         options: how; None for the defaults.
         progress: progress with ETA on stderr.
@@ -89,7 +89,7 @@ def fine_tune_teacher(
         OutputError: the folder holds another model, or cannot be written.
     """
     options = options or FineTuning()
-    wanted = {"options": asdict(options), "base": base.name, "pairs": pq.ParquetFile(train).metadata.num_rows}
+    wanted = {"options": asdict(options), "base": base.name, "pairs": pq.read_table(train, columns=["label"]).num_rows}
     if output.exists():
         return _facts_of(output, wanted)
     missing = missing_packages()

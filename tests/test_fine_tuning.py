@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from flipkd.demo import teacher as teacher_module
+from flipkd.demo.pair_sets import PairSet, icd9_pairs, write_pairs
+from flipkd.demo.teacher import FineTuning, _order, fine_tune_teacher
+from flipkd.errors import ConfigError, OutputError
+from flipkd.models.encoder import load_encoder
+
+OPTIONS = FineTuning(steps=8, batch_size=16, learning_rate=3e-4)
+
+
+@pytest.fixture(scope="module")
+def pairs() -> PairSet:
+    return icd9_pairs().train.first(60)
+
+
+@pytest.fixture(scope="module")
+def train_file(tmp_path_factory: pytest.TempPathFactory, pairs: PairSet) -> Path:
+    path = tmp_path_factory.mktemp("pairs") / "train.parquet"
+    write_pairs(pairs, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory, minilm_dir: Path, train_file: Path) -> Path:
+    output = tmp_path_factory.mktemp("tuned") / "models" / "teacher"
+    fine_tune_teacher(minilm_dir, train_file, output, OPTIONS)
+    return output
+
+
+def auc(folder: Path, pairs: PairSet) -> float:
+    encoder = load_encoder(folder)
+    left, right = encoder.encode(list(pairs.left_text)), encoder.encode(list(pairs.right_text))
+    return float(roc_auc_score(pairs.label, (left * right).sum(axis=1)))
+
+
+def test_the_teacher_tells_its_training_pairs_apart_better_than_before(
+    tuned: Path, minilm_dir: Path, pairs: PairSet
+) -> None:
+    assert auc(tuned, pairs) > auc(minilm_dir, pairs) + 0.05
+    assert load_encoder(tuned).max_length == load_encoder(minilm_dir).max_length
+
+
+def test_the_folder_is_private_and_holds_no_record(tuned: Path, pairs: PairSet) -> None:
+    files = [path for path in tuned.rglob("*") if path.is_file()]
+    assert all(path.stat().st_mode & 0o077 == 0 for path in [tuned.parent, tuned, *tuned.rglob("*")])
+    assert [path.name for path in tuned.parent.iterdir()] == ["teacher"]
+    for path in files:
+        if path.suffix != ".safetensors":
+            assert not any(text.encode() in path.read_bytes() for text in pairs.left_text)
+
+
+def test_the_same_call_leaves_it_and_another_is_refused(tuned: Path, minilm_dir: Path, train_file: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in tuned.rglob("*")}
+    facts = fine_tune_teacher(minilm_dir, train_file, tuned, OPTIONS)
+    assert facts["options"]["steps"] == 8
+    assert facts["pairs"] == 60
+    assert {path: path.stat().st_mtime_ns for path in tuned.rglob("*")} == before
+    with pytest.raises(OutputError, match="something else"):
+        fine_tune_teacher(minilm_dir, train_file, tuned, FineTuning(steps=9, batch_size=16))
+
+
+def test_a_missing_package_is_named_with_the_way_out(
+    tmp_path: Path, minilm_dir: Path, train_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teacher_module, "_PACKAGES", ("a_package_that_is_not_there",))
+    with pytest.raises(ConfigError, match=r"a_package_that_is_not_there: pip install .* '\.\[demo\]'"):
+        fine_tune_teacher(minilm_dir, train_file, tmp_path / "teacher", OPTIONS)
+
+
+def test_batches_are_of_near_equal_length_and_every_row_comes_once_before_any_comes_twice(minilm_dir: Path) -> None:
+    import pyarrow as pa
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(minilm_dir))
+    train = icd9_pairs().train.first(1000)
+    table = pa.table({"left_text": train.left_text, "right_text": train.right_text})
+    options = FineTuning(steps=40, batch_size=50)
+    order = np.array(_order(tokenizer, table, options))
+    assert sorted(order.tolist()) == sorted([*range(1000), *range(1000)])
+    assert _order(tokenizer, table, options) == order.tolist()
+    assert _order(tokenizer, table, FineTuning(steps=40, batch_size=50, seed=1)) != order.tolist()
+    lengths = np.array([len(each) for each in tokenizer(list(train.left_text))["input_ids"]])
+
+    def padded(rows: np.ndarray) -> float:
+        batches = lengths[rows].reshape(-1, 50)
+        return float(batches.max(axis=1).sum() * 50 / batches.sum())
+
+    assert padded(order) < 1.25 < padded(np.random.default_rng(0).permutation(order))
