@@ -17,7 +17,11 @@ from flipkd.cli.options import common_options, print_values, set_up_logging
     type=click.Path(path_type=Path),
     help="Folder for data, models and scores.",
 )
-@click.option("--quick", is_flag=True, help="A fifth of the records and few steps: under 5 minutes on two cores, in place of under 40.")
+@click.option(
+    "--quick",
+    is_flag=True,
+    help="A fifth of the records and few steps: under 5 minutes on two cores, in place of under 40.",
+)
 @common_options
 def demo(output: Path, quick: bool, as_json: bool, log_level: str) -> None:
     """Teach, train, export, encode, score and evaluate on real ICD-9 descriptions."""
