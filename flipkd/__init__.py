@@ -15,8 +15,12 @@ if TYPE_CHECKING:
     from flipkd.config import RunOptions as RunOptions
     from flipkd.config import ScoreConfig as ScoreConfig
     from flipkd.config import TeachConfig as TeachConfig
+    from flipkd.distill.config import LossOptions as LossOptions
+    from flipkd.distill.config import TrainConfig as TrainConfig
+    from flipkd.distill.train import train as train
     from flipkd.models.encoder import load_encoder as load_encoder
     from flipkd.models.export import export as export
+    from flipkd.models.options import StudentOptions as StudentOptions
     from flipkd.run.encode import encode as encode
     from flipkd.run.pipeline import score as score
     from flipkd.run.teach import teach as teach
@@ -29,9 +33,12 @@ __version__ = "0.1.0"
 _HOMES = {
     "EncodeConfig": ("flipkd.config", "EncodeConfig"),
     "EncoderOptions": ("flipkd.config", "EncoderOptions"),
+    "LossOptions": ("flipkd.distill.config", "LossOptions"),
     "RunOptions": ("flipkd.config", "RunOptions"),
     "ScoreConfig": ("flipkd.config", "ScoreConfig"),
+    "StudentOptions": ("flipkd.models.options", "StudentOptions"),
     "TeachConfig": ("flipkd.config", "TeachConfig"),
+    "TrainConfig": ("flipkd.distill.config", "TrainConfig"),
     "VectorRows": ("flipkd.vectors.rows", "VectorRows"),
     "VectorStore": ("flipkd.vectors.store", "VectorStore"),
     "encode": ("flipkd.run.encode", "encode"),
@@ -41,6 +48,7 @@ _HOMES = {
     "score": ("flipkd.run.pipeline", "score"),
     "score_pairs": ("flipkd.api", "score_pairs"),
     "teach": ("flipkd.run.teach", "teach"),
+    "train": ("flipkd.distill.train", "train"),
 }
 __all__ = sorted([*_HOMES, "__version__"])
 

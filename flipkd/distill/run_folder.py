@@ -18,14 +18,15 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flipkd.data.commit import make_private_folder, read_json, write_json, writing
 from flipkd.data.folders import SEAL, is_whole, publish_folder, remove_unpublished
 from flipkd.data.location import open_location
 from flipkd.errors import OutputError
-from flipkd.models.adapter import save_student
-from flipkd.models.student import Student
+
+if TYPE_CHECKING:
+    from flipkd.models.student import Student
 
 logger = logging.getLogger(__name__)
 
@@ -79,15 +80,8 @@ class RunFolder:
             file.write(json.dumps(line) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All lines of metrics; a line that a killed process left half is dropped."""
-        lines = []
-        if (self.path / METRICS_FILE).exists():
-            for line in (self.path / METRICS_FILE).read_text().splitlines():
-                try:
-                    lines.append(json.loads(line))
-                except ValueError:
-                    continue
-        return lines
+        """All lines of metrics."""
+        return read_metrics(self.path)
 
     def forget_after(self, step: int) -> None:
         """Drops the metrics of steps after ``step``: a resumed run takes them again."""
@@ -100,6 +94,8 @@ class RunFolder:
 
     def save_best(self, student: Student, step: int) -> None:
         """Publishes the best student so far; older ones are deleted once it is there."""
+        from flipkd.models.adapter import save_student
+
         target = self._best / f"step-{step:08d}"
         make_private_folder(str(self._best))
         publish_folder(target, lambda folder: save_student(student, folder))
@@ -109,6 +105,8 @@ class RunFolder:
 
     def finish(self, student: Student, best_step: int | None) -> None:
         """Publishes the best student, or the last one where nothing was validated, as the run's."""
+        from flipkd.models.adapter import save_student
+
         best = None if best_step is None else self._best / f"step-{best_step:08d}"
 
         def write(folder: Path) -> None:
@@ -121,6 +119,41 @@ class RunFolder:
 
         publish_folder(self.path / ADAPTER, write)
         shutil.rmtree(self._best, ignore_errors=True)
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """All lines of a run's metrics; a line that a killed process left half is dropped."""
+    lines = []
+    if (run / METRICS_FILE).exists():
+        for line in (run / METRICS_FILE).read_text().splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                continue
+    return lines
+
+
+def run_status(run: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """How far a training run is.
+
+    Args:
+        run: its folder.
+        facts: what its ``run.json`` holds.
+    """
+    lines = read_metrics(run)
+    step, seconds = (max((line.get(name, 0) for line in lines), default=0) for name in ("step", "seconds"))
+    finished, steps = is_whole(run / ADAPTER), facts["config"]["steps"]
+    left = None if not step else round(seconds / step * (steps - step), 1)
+    validations = [{"step": line["step"], **line["validation"]} for line in lines if "validation" in line]
+    return {
+        "state": "finished" if finished else "unfinished",
+        "kind": "train",
+        "steps": steps,
+        "steps_done": step,
+        "seconds": seconds,
+        "seconds_left": 0.0 if finished else left,
+        "last_validation": validations[-1] if validations else None,
+    }
 
 
 def _private(path: str, flags: int) -> int:

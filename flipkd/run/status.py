@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pyarrow.fs as pafs
 
 from flipkd.data.commit import read_json
 from flipkd.data.location import Location, open_location
+from flipkd.distill.run_folder import RUN_FILE, run_status
 from flipkd.errors import InputError
 from flipkd.run.encode import PARTS, STORE_FILE
 from flipkd.run.manifest import MANIFEST, PLAN, WORK_FOLDER, Totals, read_reports
@@ -18,7 +20,7 @@ def status(folder: str) -> dict[str, Any]:
     """Units and rows done, rate, time left and counts per reason.
 
     Args:
-        folder: output of ``score``, ``encode`` or ``teach``.
+        folder: output of ``score``, ``encode`` or ``teach``, or a run of ``train``.
 
     Returns:
         For a running or broken-off job: ``state`` ``unfinished``, with the stage that is at work. ``rows_per_second``
@@ -31,6 +33,9 @@ def status(folder: str) -> dict[str, Any]:
     if output.filesystem.get_file_info(output.path).type != pafs.FileType.Directory:
         raise InputError(f"{folder} is not a folder")
     store = read_json(output, STORE_FILE) if output.is_local else None
+    run = read_json(output, RUN_FILE) if output.is_local else None
+    if run is not None:
+        return run_status(Path(output.path), run)
     manifest = read_json(output, MANIFEST)
     if store is not None:
         return {"state": "finished", "kind": "encode", "store": store, **_kept(manifest or {})}

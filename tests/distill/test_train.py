@@ -29,6 +29,7 @@ from flipkd.distill.objective import Batch, batch_loss
 from flipkd.distill.train import train
 from flipkd.errors import ConfigError, ModelError, OutputError
 from flipkd.models.adapter import WEIGHTS_FILE, load_student, new_student
+from flipkd.run.status import status
 from tests.distill.conftest import MakeConfig
 
 
@@ -66,6 +67,8 @@ def test_a_run_learns_and_leaves_what_it_should(make_config: MakeConfig) -> None
     # The best student is published, not the last.
     best = max((line for line in lines(config) if "validation" in line), key=lambda line: line["validation"]["auc"])
     assert found["best_step"] == best["step"]
+    told = status(config.output)
+    assert (told["state"], told["steps_done"], told["last_validation"]["step"]) == ("finished", 30, 30)
     assert train(config)["steps"] == 30  # finished already: nothing is done again
 
 
