@@ -75,15 +75,15 @@ def batches(count: int) -> list[dict[str, Any]]:
     return made
 
 
+def as_tensors(batch: dict[str, Any]) -> Batch:
+    """What the loss needs of a batch."""
+    arrays = (*batch["indices"], batch["labels"], batch["teacher"], batch["vectors"])
+    return Batch(*map(torch.from_numpy, arrays))
+
+
 def flipkd_step(student: Student, batch: dict[str, Any], ids: list[list[int]]) -> float:
     """Forwards and backwards of one batch."""
-    pairs = Batch(
-        torch.from_numpy(batch["indices"][0]),
-        torch.from_numpy(batch["indices"][1]),
-        torch.from_numpy(batch["labels"]),
-        torch.from_numpy(batch["teacher"]),
-        torch.from_numpy(batch["vectors"]),
-    )
+    pairs = as_tensors(batch)
     student.train()
     metrics = backward_vectors(
         student, ids, lambda vectors: batch_loss(_LOSS, vectors, pairs), Workers(), 1 << 20, (0, 0)
@@ -133,21 +133,13 @@ class PlainLoop:
         """Forwards and backwards of one batch: both sides as they come."""
         self.model.train()
         left, right = self.encode(batch["left"]), self.encode(batch["right"])
-        count = len(left)
         # The loss is over the batch's texts; a text that stands twice has one vector there.
         vectors = torch.cat([left, right])
         first: dict[str, int] = {}
         for place, text in enumerate(batch["left"] + batch["right"]):
             first.setdefault(text, place)
         vectors = vectors[[first[text] for text in batch["texts"]]]
-        pairs = Batch(
-            torch.from_numpy(batch["indices"][0]),
-            torch.from_numpy(batch["indices"][1]),
-            torch.from_numpy(batch["labels"]),
-            torch.from_numpy(batch["teacher"]),
-            torch.from_numpy(batch["vectors"]),
-        )
-        assert count == len(batch["labels"])
+        pairs = as_tensors(batch)
         loss, _ = batch_loss(_LOSS, vectors, pairs)
         torch.autograd.backward(loss)
         return float(loss)
