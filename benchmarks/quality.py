@@ -86,7 +86,7 @@ class Settings:
     pairs: int | None = None
 
 
-QUICK = Settings(steps=2, teacher_steps=2, batch_pairs=16, layer=2, pairs=100)
+QUICK = Settings(steps=2, teacher_steps=2, batch_pairs=16, layer=2, pairs=60)
 
 
 class Results:
