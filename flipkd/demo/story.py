@@ -176,8 +176,7 @@ def _student_base() -> Path:
 
 def _distil(output: Path, size: Size, minilm: Path, student: Path, steps: Steps, run: RunOptions) -> list[str]:
     """Labelled pairs to a distilled encoder; returns the commands."""
-    from flipkd import teach
-    from flipkd.distill.train import train
+    from flipkd import teach, train
 
     options = FineTuning(steps=size.teacher_steps)
     labelled = output / "labelled" / "train"
