@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from flipkd.cli import batch, demo, distill, export, train
+from flipkd.cli import batch, demo, export, teach, train
 from flipkd.errors import FlipkdError
 
 
@@ -24,8 +24,8 @@ class _Group(click.Group):
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="flipkd")
 def main() -> None:
-    """Score candidate pairs of records, Parquet to Parquet."""
+    """Distil an encoder from a teacher, and score candidate pairs of records with it, Parquet to Parquet."""
 
 
-for _command in (batch.encode, batch.score, batch.status, distill.teach, train.train, export.export, demo.demo):
+for _command in (batch.encode, batch.score, batch.status, teach.teach, train.train, export.export, demo.demo):
     main.add_command(_command)
