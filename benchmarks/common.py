@@ -79,6 +79,17 @@ def versions() -> dict[str, str]:
     return found
 
 
+def peak_bytes() -> int:
+    """High-water mark of this process's resident memory.
+
+    Not ``getrusage``: its mark survives ``exec`` and so can be that of the parent.
+    """
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("the kernel does not tell VmHWM")
+
+
 def _processor() -> str:
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []

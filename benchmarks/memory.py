@@ -27,7 +27,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.common import report
+from benchmarks.common import peak_bytes, report
 from benchmarks.score import write_store
 
 _RECORDS, _DIM = 1_000_000, 128
@@ -74,17 +74,6 @@ def child(root: Path, name: str) -> None:
     manifest = score(ScoreConfig(pairs=str(root / name), output=str(output), store=str(root / "store")))
     seconds = time.perf_counter() - started
     print(json.dumps({"rows": manifest["rows_out"], "seconds": seconds, "peak_bytes": peak_bytes()}))
-
-
-def peak_bytes() -> int:
-    """High-water mark of this process's resident memory.
-
-    Not ``getrusage``: its mark survives ``exec`` and so can be that of the parent.
-    """
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("the kernel does not tell VmHWM")
 
 
 def main() -> int:
