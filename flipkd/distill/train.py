@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -74,7 +75,9 @@ def train_worker(config: TrainConfig, workers: Workers) -> dict[str, Any]:
     device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     student = new_student(config.student, device, config.seed)
     if config.gradient_checkpointing:
-        student.decoder.gradient_checkpointing_enable({"use_reentrant": False})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # its new name is not in every transformers that we take
+            student.decoder.gradient_checkpointing_enable({"use_reentrant": False})
     _Training(config, workers, folder, student, pairs, validation).run()
     return summary(config, folder)
 

@@ -163,7 +163,7 @@ def test_gradient_caching_gives_the_same_gradient(make_config: MakeConfig, base_
     torch.testing.assert_close(found[0][0], found[1][0])
     assert found[0][1].keys() == found[1][1].keys()
     for name, gradient in found[0][1].items():
-        torch.testing.assert_close(gradient, found[1][1][name], atol=1e-5, rtol=1e-4)
+        assert (gradient - found[1][1][name]).norm() <= 1e-5 * gradient.norm(), name
 
 
 def test_small_passes_and_checkpointing_end_where_large_ones_do(make_config: MakeConfig, tmp_path: Path) -> None:
