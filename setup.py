@@ -27,7 +27,11 @@ setup(
     ext_modules=[
         Extension(
             "flipkd._native",
-            sources=["flipkd/kernels/pair_score/cpu.cpp", "flipkd/vectors/index.cpp"],
+            sources=[
+                "flipkd/kernels/pair_score/cpu.cpp",
+                "flipkd/kernels/encoder_ops/cpu.cpp",
+                "flipkd/vectors/index.cpp",
+            ],
             language="c++",
             extra_compile_args=["-O3", "-std=c++17", "-pthread", "-fno-math-errno", "-ffp-contract=off"],
             extra_link_args=["-pthread"] if sys.platform != "darwin" else [],

@@ -70,7 +70,8 @@ class EncoderOptions:
 
     Args:
         folder: a sentence-transformers bi-encoder folder.
-        dtype: number format of the model's own arithmetic, ``float32`` or ``bf16``.
+        dtype: number format of the model's multiplications: ``float32``, ``bf16``, or (plain BERT, Llama and Qwen2
+            encoders) ``int8``.
         device: ``cpu``, ``cuda`` or ``auto``.
         max_length: longest text in tokens, special tokens included (None: what the folder says).
         max_tokens: tokens in one forward pass (None: what suits the device).
@@ -78,7 +79,7 @@ class EncoderOptions:
     """
 
     folder: str
-    dtype: Literal["float32", "bf16"] = "float32"
+    dtype: Literal["float32", "bf16", "int8"] = "float32"
     device: str = "auto"
     max_length: int | None = None
     max_tokens: int | None = None

@@ -91,8 +91,8 @@ run_options = _options(
 )  # fmt: skip
 
 encoder_options = _options(
-    click.option("--encoder-dtype", type=click.Choice(["float32", "bf16"]), default="float32", show_default=True,
-                 help="The model's own arithmetic."),
+    click.option("--encoder-dtype", type=click.Choice(["float32", "bf16", "int8"]), default="float32",
+                 show_default=True, help="The model's own arithmetic."),
     click.option("--device", default="auto", show_default=True, help="cpu, cuda or auto."),
     click.option("--max-length", type=int, help="Longest text in tokens. Default: what the encoder's folder says."),
     click.option("--max-tokens", type=int, help="Tokens in one forward pass. Default: what suits the device."),

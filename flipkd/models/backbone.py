@@ -1,11 +1,11 @@
-"""The transformer below the pooling: token ids of equal length to token vectors.
+"""The transformer below the pooling: token ids of packed texts to token vectors.
 
 Importing this imports torch; transformers' model code is imported when a model is loaded that is not a plain BERT.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from flipkd.errors import ModelError
 from flipkd.models.bert import load_bert
+from flipkd.models.decoder import load_decoder
 from flipkd.models.folder import ModelFolder, TransformerFolder
 
 # Encoder-decoder families of which the encoder alone can be loaded; sentence-transformers does the same.
@@ -29,34 +30,46 @@ _ENCODER_CLASSES = {
 class Backbone:
     """A loaded transformer.
 
-    ``states`` maps ids int64 [texts, tokens] (no padding) to token vectors [texts, tokens, width], from any thread.
-    ``width`` is the size of a token vector. ``position_limit`` is the longest input of a model with a table of learned
-    positions, None for others.
+    ``states`` maps texts packed end to end to token vectors [T, width], from any thread: ids int64 [T], positions int64
+    [T] (each text starts at 0), and the tokens of each text. ``width`` is the size of a token vector.
+    ``position_limit`` is the longest input of a model with a table of learned positions, None for others.
+    ``mixes_lengths``: whether texts of different lengths may stand in one call.
     """
 
-    states: Callable[[Tensor], Tensor]
+    states: Callable[[Tensor, Tensor, Sequence[int]], Tensor]
     width: int
     position_limit: int | None
+    mixes_lengths: bool
 
 
 def load_backbone(folder: ModelFolder, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> Backbone:
     """Loads the transformer of a folder, without dropout, without a key-value cache, from safetensors only.
 
     Raises:
-        ModelError: transformers cannot load it, or it needs code of its own and that was not allowed.
+        ModelError: transformers cannot load it, or it needs code of its own and that was not allowed, or int8 was asked
+            of a model that is neither plain BERT nor plain Llama or Qwen2.
     """
     if not folder.config_settings and set(folder.model_settings) <= {"add_pooling_layer"}:
         bert = load_bert(folder.transformer_path, dtype, device)
         if bert is not None:
-            return Backbone(bert, bert.width, bert.position_limit)
+            return Backbone(bert, bert.width, bert.position_limit, mixes_lengths=True)
+        decoder = load_decoder(folder.transformer_path, dtype, device)
+        if decoder is not None:
+            return Backbone(decoder, decoder.width, None, mixes_lengths=True)
+    if dtype is torch.int8:
+        raise ModelError(
+            f"{folder.transformer_path}: int8 arithmetic is there for plain BERT, Llama and Qwen2 models only; "
+            "use bf16 or float32"
+        )
     model = load_pretrained(folder, dtype, trust_remote_code).to(device).eval()
 
-    def states(ids: Tensor) -> Tensor:
+    def states(ids: Tensor, positions: Tensor, lengths: Sequence[int]) -> Tensor:
+        del positions
         # No mask: nothing is padded, so every token counts. Causal models still mask the future by themselves.
-        output: Tensor = model(input_ids=ids).last_hidden_state
-        return output
+        output: Tensor = model(input_ids=ids.view(len(lengths), -1)).last_hidden_state
+        return output.flatten(0, 1)
 
-    return Backbone(states, int(model.config.get_text_config().hidden_size), position_limit(model))
+    return Backbone(states, int(model.config.get_text_config().hidden_size), position_limit(model), mixes_lengths=False)
 
 
 def load_pretrained(

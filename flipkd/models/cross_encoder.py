@@ -174,6 +174,8 @@ def load_cross_encoder(
         ModelError: the folder cannot be loaded; the message names the file and the way out.
     """
     check_options(dtype, device, max_length, threads)
+    if dtype == "int8":
+        raise ConfigError("dtype 'int8' is for bi-encoders; a cross-encoder takes float32 or bf16")
     settings = read_cross_encoder(folder)  # before torch is imported, so that a wrong folder is reported at once
 
     import torch

@@ -7,7 +7,7 @@ neighbours.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +19,14 @@ from flipkd.errors import ConfigError
 from flipkd.models.folder import folder_fingerprint, read_folder
 from flipkd.models.parallel import loaded_at_first_use, not_finite, run_batches
 from flipkd.models.tokenizer import load_tokenizer, longest_input, text_tokenizer
-from flipkd.models.tokens import TextTokenizer, TokenizedTexts, equal_length_batches, tokenized_chunks
+from flipkd.models.tokens import TextTokenizer, TokenizedTexts, packed_batches, tokenized_chunks
 
 if TYPE_CHECKING:
     import torch
 
-DTYPES = ("float32", "bf16")
+    from flipkd.models.parallel import Model
+
+DTYPES = ("float32", "bf16", "int8")
 DEVICES = ("cpu", "cuda", "auto")
 # Measured with MiniLM on a CPU: from 512 to 8,192 tokens the speed is the same, and small batches share out better.
 # A GPU wants to be filled.
@@ -49,11 +51,13 @@ class Encoder:
 
     Args:
         tokenizer: texts to token ids.
-        model: ids int64 [texts, tokens] to vectors float32 [texts, dim], both on ``device``.
+        model: packed texts on ``device`` (ids int64 [T], positions int64 [T], lengths int64 [texts]) to vectors float32
+            [texts, dim].
+        mixes_lengths: whether texts of different lengths may stand in one call of ``model``.
         exact_model: gives the same in float32; called only when ``model`` gives a number that is not finite.
         dim: size of a vector.
         max_length: most tokens per text, special tokens included; None for no limit.
-        dtype: "float32" or "bf16", what the transformer computes in; pooling and all after it are float32.
+        dtype: "float32", "bf16" or "int8", what the transformer multiplies in; pooling and all after it are float32.
         device: where ``model`` runs.
         threads: how many batches run at once.
         fingerprint: ``folder_fingerprint`` of the folder and the maximum length that was asked for.
@@ -63,8 +67,9 @@ class Encoder:
         self,
         *,
         tokenizer: TextTokenizer,
-        model: Callable[[torch.Tensor], torch.Tensor],
-        exact_model: Callable[[torch.Tensor], torch.Tensor] | None,
+        model: Model,
+        mixes_lengths: bool,
+        exact_model: Model | None,
         dim: int,
         max_length: int | None,
         dtype: str,
@@ -74,6 +79,7 @@ class Encoder:
     ) -> None:
         self._tokenizer = tokenizer
         self._model = model
+        self._mixes_lengths = mixes_lengths
         self._exact_model = exact_model
         self.dim = dim
         self.max_length = max_length
@@ -122,7 +128,7 @@ class Encoder:
                 tokens[start : start + len(chunk.ids)] = [len(ids) for ids in chunk.ids]
                 yield start, chunk
 
-        batches = equal_length_batches(noted(), max_tokens)
+        batches = packed_batches(noted(), max_tokens, self._mixes_lengths)
         with closing(run_batches(batches, self._model, self._exact_model, self.device, self.threads)) as results:
             for places, found, finite in results:
                 if not finite.all():
@@ -148,7 +154,7 @@ def load_encoder(
 
     Args:
         folder: a local folder, or the name of a model on the hub (owner/name) where no such folder exists.
-        dtype: "float32" or "bf16".
+        dtype: "float32", "bf16", or "int8" (plain BERT, Llama and Qwen2 models).
         device: "cpu", "cuda", or "auto" (CUDA if there is a device).
         max_length: most tokens per text, special tokens included; by default what the folder says.
         trust_remote_code: allow the folder to bring Python code for its transformer or tokenizer.
@@ -163,33 +169,36 @@ def load_encoder(
 
     import torch
 
-    from flipkd.models.backbone import load_backbone
-    from flipkd.models.pooling import load_head, output_width, pool
+    from flipkd.models.backbone import Backbone, load_backbone
+    from flipkd.models.pooling import load_head, output_width, pool_packed
 
     place = find_device(device)
     transformers_tokenizer = load_tokenizer(settings, trust_remote_code)
-    backbone = load_backbone(settings, torch.bfloat16 if dtype == "bf16" else torch.float32, place, trust_remote_code)
+    kinds = {"float32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+    backbone = load_backbone(settings, kinds[dtype], place, trust_remote_code)
     limit = longest_input(settings, transformers_tokenizer, backbone.position_limit, max_length)
     tokenizer = text_tokenizer(settings, transformers_tokenizer, limit)
     head = load_head(settings, place)
     skip = tokenizer.prompt_tokens if settings.prompt and not settings.pools_prompt else 0
 
-    def through(states: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-        def model(ids: torch.Tensor) -> torch.Tensor:
-            vectors = pool(states(ids), settings.pooling_modes, skip)
+    def through(backbone: Backbone) -> Model:
+        def model(ids: torch.Tensor, positions: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+            counts = lengths.tolist()
+            vectors = pool_packed(backbone.states(ids, positions, counts), counts, settings.pooling_modes, skip)
             for step in head:
                 vectors = step(vectors)
             return vectors[:, : settings.truncate_dim]
 
         return model
 
-    def exact() -> Callable[[torch.Tensor], torch.Tensor]:
-        return through(load_backbone(settings, torch.float32, place, trust_remote_code).states)
+    def exact() -> Model:
+        return through(load_backbone(settings, torch.float32, place, trust_remote_code))
 
     return Encoder(
         tokenizer=tokenizer,
-        model=through(backbone.states),
-        exact_model=loaded_at_first_use(exact) if dtype == "bf16" else None,
+        model=through(backbone),
+        mixes_lengths=backbone.mixes_lengths,
+        exact_model=loaded_at_first_use(exact) if dtype != "float32" else None,
         dim=output_width(settings, backbone.width),
         max_length=limit,
         dtype=dtype,

@@ -19,7 +19,7 @@ from flipkd.errors import ModelError
 if TYPE_CHECKING:
     import torch
 
-    # Tensors of one batch, the first of them ids int64 [rows, tokens], to numbers float32 [rows, width].
+    # Tensors of one batch (token ids, and whatever else the model takes) to numbers float32 [rows, width].
     Model = Callable[..., torch.Tensor]
 
 
@@ -36,8 +36,7 @@ def run_batches(
     for small batches and slower still on a shared machine, and results do not depend on the number of threads.
 
     Args:
-        batches: the places int64 [rows] of a batch's rows in the caller's input, then the model's arguments, each with
-            ``rows`` as its first dimension.
+        batches: the places int64 [rows] of a batch's rows in the caller's input, then the model's arguments.
         model: the arguments, on ``device``, to float32 [rows, width].
         exact_model: gives the same in float32; called for a batch only where ``model`` gives a number that is not
             finite.

@@ -1,21 +1,38 @@
 """Token vectors to one vector per text: pooling, Dense and Normalize, always in float32.
 
-Batches hold texts of equal length without padding, so none of this needs a mask.
+Texts are packed end to end without padding, so none of this needs a mask.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from flipkd.errors import ModelError
+from flipkd.kernels.encoder_ops.reference import runs
 from flipkd.models.folder import ModelFolder
 from flipkd.models.settings import DenseSettings, NormalizeSettings
 
 Head = Callable[[Tensor], Tensor]
+
+
+def pool_packed(states: Tensor, lengths: Sequence[int], modes: tuple[str, ...], skip: int = 0) -> Tensor:
+    """``pool`` for texts packed end to end.
+
+    Args:
+        states: token vectors, [T, width].
+        lengths: tokens of each text, at least 1; their sum is T.
+        modes, skip: see ``pool``.
+
+    Returns:
+        float32 [texts, width * len(modes)].
+    """
+    groups = runs(lengths)
+    parts = torch.split(states, [count * length for count, length in groups])
+    return torch.cat([pool(part.view(*group, -1), modes, skip) for group, part in zip(groups, parts, strict=True)])
 
 
 def pool(states: Tensor, modes: tuple[str, ...], skip: int = 0) -> Tensor:

@@ -257,3 +257,49 @@ def equal_length_batches(
                 yield batch(length)
     for length in sorted(rows, key=lambda length: (-length * len(rows[length]), length)):
         yield batch(length)
+
+
+def packed_batches(
+    chunks: Iterable[tuple[int, TokenizedTexts]], max_tokens: int, mixes_lengths: bool
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    """Packs texts end to end: batches of one length while the input lasts, then what is left, shortest first.
+
+    Args:
+        chunks: as ``tokenized_chunks`` yields them.
+        max_tokens: most tokens in a batch; a longer text has one of its own.
+        mixes_lengths: whether what is left may stand together whatever its length.
+
+    Yields:
+        places int64 [texts] in the input, ids int64 [T], positions int64 [T] (each text starts at 0), and the tokens of
+        each text int64 [texts]. Texts without tokens come in no batch.
+    """
+    left_places: list[np.ndarray] = []
+    left_rows: list[np.ndarray] = []
+    tokens = 0
+
+    def left() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        lengths = np.concatenate([np.full(len(rows), rows.shape[1]) for rows in left_rows])
+        positions = np.concatenate([np.tile(np.arange(rows.shape[1]), len(rows)) for rows in left_rows])
+        flat = np.concatenate([rows.reshape(-1) for rows in left_rows])
+        made = np.concatenate(left_places), flat, positions, lengths
+        left_places.clear()
+        left_rows.clear()
+        return made
+
+    small: list[tuple[np.ndarray, np.ndarray]] = []
+    for places, rows in equal_length_batches(chunks, max_tokens):
+        if mixes_lengths and 2 * rows.size <= max_tokens:
+            small.append((places, rows))
+            continue
+        left_places.append(places)
+        left_rows.append(rows)
+        yield left()
+    for places, rows in sorted(small, key=lambda batch: batch[1].shape[1]):
+        if left_rows and tokens + rows.size > max_tokens:
+            yield left()
+            tokens = 0
+        left_places.append(places)
+        left_rows.append(rows)
+        tokens += rows.size
+    if left_rows:
+        yield left()

@@ -13,7 +13,7 @@ from transformers import BertModel
 
 from flipkd.models.bert import load_bert
 
-from .conftest import random_model
+from .conftest import packed, random_model
 
 CPU = torch.device("cpu")
 
@@ -38,7 +38,7 @@ def test_equals_transformers(folder: Path, activation: str, shape: tuple[int, in
     ids = torch.randint(0, 600, shape, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         expected = BertModel.from_pretrained(folder, dtype=torch.float32).eval()(input_ids=ids).last_hidden_state
-        torch.testing.assert_close(bert(ids), expected, atol=2e-5, rtol=0)
+        torch.testing.assert_close(packed(bert, ids), expected, atol=2e-5, rtol=0)
 
 
 def test_names_of_older_files(folder: Path) -> None:
@@ -54,7 +54,7 @@ def test_names_of_older_files(folder: Path) -> None:
     older = load_bert(folder, torch.float32, CPU)
     assert plain is not None
     assert older is not None
-    assert torch.equal(plain(ids), older(ids))
+    assert torch.equal(packed(plain, ids), packed(older, ids))
 
 
 @pytest.mark.parametrize(

@@ -193,6 +193,7 @@ def _encoder_of(small_vocabulary: Tokenizer, model: Any, exact: Any) -> Encoder:
     return Encoder(
         tokenizer=TextTokenizer(small_vocabulary, max_length=16),
         model=model,
+        mixes_lengths=False,
         exact_model=exact,
         dim=3,
         max_length=16,
@@ -206,15 +207,15 @@ def _encoder_of(small_vocabulary: Tokenizer, model: Any, exact: Any) -> Encoder:
 def test_a_batch_that_is_not_finite_is_computed_again_in_float32(small_vocabulary: Tokenizer) -> None:
     calls: list[tuple[int, ...]] = []
 
-    def overflows(ids: torch.Tensor) -> torch.Tensor:
-        vectors = torch.ones(ids.shape[0], 3)
-        if ids.shape[1] > 1:
+    def overflows(ids: torch.Tensor, positions: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        vectors = torch.ones(len(lengths), 3)
+        if lengths[0] > 1:
             vectors[-1, 0] = float("nan")
         return vectors
 
-    def exact(ids: torch.Tensor) -> torch.Tensor:
-        calls.append(tuple(ids.shape))
-        return torch.full((ids.shape[0], 3), 2.0)
+    def exact(ids: torch.Tensor, positions: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        calls.append(tuple(lengths.tolist()))
+        return torch.full((len(lengths), 3), 2.0)
 
     vectors = (
         _encoder_of(small_vocabulary, overflows, exact).encode_texts(["a", "a fever", "b"], normalize=False).vectors
@@ -224,8 +225,8 @@ def test_a_batch_that_is_not_finite_is_computed_again_in_float32(small_vocabular
 
 
 def test_numbers_that_stay_not_finite_are_an_error_with_places_and_no_text(small_vocabulary: Tokenizer) -> None:
-    def broken(ids: torch.Tensor) -> torch.Tensor:
-        return torch.full((ids.shape[0], 3), float("inf" if ids.shape[1] > 1 else "0"))
+    def broken(ids: torch.Tensor, positions: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        return torch.full((len(lengths), 3), float("inf" if lengths[0] > 1 else "0"))
 
     encoder = _encoder_of(small_vocabulary, broken, broken)
     with pytest.raises(ModelError, match=r"for 2 of the texts \(places 1, 3\)") as caught:

@@ -1,0 +1,101 @@
+"""The same operations in plain PyTorch: any dtype, any device, any shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu, layer_norm, relu, rms_norm, scaled_dot_product_attention, silu
+
+from flipkd.kernels.encoder_ops.types import Heads, Norm, Operand, Product
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": gelu,
+    "gelu_tanh": partial(gelu, approximate="tanh"),
+    "relu": relu,
+    "silu": silu,
+}
+
+
+def numbers(product: Product) -> Tensor:
+    """The numbers of a product: [T, n] in its own dtype, float32 where it is int32."""
+    if product.row_scale is None:
+        return product.values
+    assert product.column_scale is not None
+    found = product.values.float() * product.row_scale[:, None] * product.column_scale
+    return found if product.bias is None else found + product.bias
+
+
+def operand(values: Tensor, dtype: torch.dtype) -> Operand:
+    """Rows for the next multiplication; int8 rows are stretched until the largest component is 127."""
+    if dtype is not torch.int8:
+        return Operand(values.to(dtype))
+    values = values.float()
+    most = values.abs().amax(dim=1) if values.shape[1] else values.new_zeros(len(values))
+    stretched = (values * torch.where(most > 0, 127.0 / most, 0.0)[:, None]).round()
+    return Operand(stretched.nan_to_num(0.0, 127.0, -127.0).clamp(-127, 127).to(torch.int8), most / 127.0)
+
+
+def add_norm(
+    product: Product | None, state: Tensor, norm: Norm, keeps_sum: bool, dtype: torch.dtype
+) -> tuple[Tensor, Operand]:
+    """See ``flipkd.kernels.encoder_ops.add_norm``."""
+    if product is not None:
+        state = state + numbers(product).to(state.dtype)
+    width = (state.shape[-1],)
+    weight = norm.weight.to(state.dtype)
+    if norm.is_rms:
+        normed = rms_norm(state, width, weight, norm.epsilon)
+    else:
+        normed = layer_norm(
+            state, width, weight, None if norm.bias is None else norm.bias.to(state.dtype), norm.epsilon
+        )
+    return state if keeps_sum else normed, operand(normed, dtype)
+
+
+def activate(product: Product, kind: str, gated: bool, dtype: torch.dtype) -> Operand:
+    """See ``flipkd.kernels.encoder_ops.activate``."""
+    values = numbers(product)
+    if not gated:
+        return operand(_ACTIVATIONS[kind](values), dtype)
+    gate, up = values.chunk(2, dim=1)
+    return operand(_ACTIVATIONS[kind](gate) * up, dtype)
+
+
+def attend(product: Product, lengths: Sequence[int], heads: Heads, dtype: torch.dtype) -> Operand:
+    """See ``flipkd.kernels.encoder_ops.attend``. Texts of one length that stand side by side go together."""
+    values = numbers(product)
+    outputs = []
+    start = 0
+    for count, length in runs(lengths):
+        rows = values[start : start + count * length].view(count, length, -1, heads.width).transpose(1, 2)
+        start += count * length
+        query, key, value = torch.split(rows, [heads.heads, heads.key_heads, heads.key_heads], dim=1)
+        if heads.cosine is not None and heads.sine is not None:
+            query, key = (_rotated(part, heads.cosine[:length], heads.sine[:length]) for part in (query, key))
+        if heads.key_heads != heads.heads:
+            repeats = heads.heads // heads.key_heads
+            key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+        mixed = scaled_dot_product_attention(query, key, value, is_causal=heads.causal, scale=heads.scale)
+        outputs.append(mixed.transpose(1, 2).reshape(count * length, -1))
+    return operand(torch.cat(outputs) if outputs else values[:, : heads.heads * heads.width], dtype)
+
+
+def runs(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """(count, length) of equal lengths that stand side by side."""
+    found: list[tuple[int, int]] = []
+    for length in lengths:
+        if found and found[-1][1] == length:
+            found[-1] = (found[-1][0] + 1, length)
+        else:
+            found.append((1, length))
+    return found
+
+
+def _rotated(rows: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """[texts, heads, tokens, width] turned by position, in float32 as transformers' tables are."""
+    first, second = rows.float().chunk(2, dim=-1)
+    turned = torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
+    return turned.to(rows.dtype)

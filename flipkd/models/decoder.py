@@ -1,0 +1,170 @@
+"""Decoder blocks without a head, for towers that are plain Llama or Qwen2: what ``export`` writes, and many others.
+
+As with BERT: transformers runs these too, slower. A folder that differs in anything goes the general way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.nn.functional import embedding
+
+from flipkd.kernels.encoder_ops import Heads, Norm, activate, add_norm, attend
+from flipkd.models.linear import Linear
+from flipkd.models.settings import read_json
+
+_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
+# What a config may say beside the shape, and the only value under which the forward below is right.
+_PLAIN = {
+    "auto_map": None,
+    "quantization_config": None,
+    "rope_scaling": None,
+    "use_sliding_window": False,
+    "partial_rotary_factor": 1.0,
+}
+
+
+@dataclass(frozen=True)
+class _Block:
+    attention_norm: Norm
+    attention_input: Linear
+    attention_output: Linear
+    norm: Norm
+    wide: Linear
+    narrow: Linear
+
+
+class Decoder:
+    """A tower of decoder blocks and its last norm, over texts packed end to end.
+
+    Args:
+        config: of the folder.
+        tensors: its weights, by name without "model.".
+        dtype: what multiplications are computed in: float32, bf16 or int8 (the rest is then bf16).
+    """
+
+    def __init__(self, config: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+        epsilon = float(config["rms_norm_eps"])
+
+        def norm(name: str) -> Norm:
+            return Norm(tensors[f"{name}.weight"].float(), None, epsilon, is_rms=True)
+
+        def joined(*names: str) -> Linear:
+            weight = torch.cat([tensors[f"{name}.weight"] for name in names])
+            biases = [tensors[f"{name}.bias"] for name in names if f"{name}.bias" in tensors]
+            if biases and len(biases) < len(names):
+                raise KeyError("bias")
+            return Linear(weight, torch.cat(biases) if biases else None, dtype)
+
+        def block(name: str) -> _Block:
+            return _Block(
+                norm(f"{name}.input_layernorm"),
+                joined(*(f"{name}.self_attn.{part}_proj" for part in "qkv")),
+                joined(f"{name}.self_attn.o_proj"),
+                norm(f"{name}.post_attention_layernorm"),
+                joined(f"{name}.mlp.gate_proj", f"{name}.mlp.up_proj"),
+                joined(f"{name}.mlp.down_proj"),
+            )
+
+        self._dtype = dtype
+        self._activation = _ACTIVATIONS[config.get("hidden_act", "silu")]
+        self._words = tensors["embed_tokens.weight"].to(torch.bfloat16 if dtype is torch.int8 else dtype)
+        self._norm = norm("norm")
+        self._blocks = [block(f"layers.{number}") for number in range(int(config["num_hidden_layers"]))]
+        heads = int(config["num_attention_heads"])
+        key_heads = int(config.get("num_key_value_heads") or heads)
+        width = int(config.get("head_dim") or self.width // heads)
+        self._theta = _rope_theta(config)
+        self._heads = self._reaching(512, Heads(heads, key_heads, width, causal=True))
+
+    def fits(self, config: dict[str, Any]) -> bool:
+        """Whether the weights have the shapes that the config promises."""
+        width, inner = int(config["hidden_size"]), int(config["intermediate_size"])
+        heads = self._heads
+        found = {
+            (block.attention_input.shape, block.attention_output.shape, block.wide.shape, block.narrow.shape)
+            for block in self._blocks
+        }
+        queries = heads.heads * heads.width
+        wanted = {
+            ((queries + 2 * heads.key_heads * heads.width, width), (width, queries), (2 * inner, width), (width, inner))
+        }
+        return (
+            found == wanted
+            and heads.heads % heads.key_heads == 0
+            and self._words.shape == (config["vocab_size"], width)
+        )
+
+    @property
+    def width(self) -> int:
+        """Size of a token vector."""
+        return int(self._words.shape[1])
+
+    def __call__(self, ids: Tensor, positions: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Token vectors [T, width]; see ``flipkd.models.backbone.Backbone``."""
+        del positions  # attention turns queries and keys by itself
+        heads = self._heads
+        if heads.cosine is None or max(lengths) > len(heads.cosine):
+            # Another thread may do the same at the same time: each has a table that reaches, and one of them stays.
+            self._heads = heads = self._reaching(2 * max(lengths), heads)
+        product, state = None, embedding(ids, self._words)
+        for block in self._blocks:
+            state, operand = add_norm(product, state, block.attention_norm, keeps_sum=True, dtype=self._dtype)
+            mixed = attend(block.attention_input(operand), lengths, heads, self._dtype)
+            product = block.attention_output(mixed)
+            state, operand = add_norm(product, state, block.norm, keeps_sum=True, dtype=self._dtype)
+            product = block.narrow(activate(block.wide(operand), self._activation, gated=True, dtype=self._dtype))
+        return add_norm(product, state, self._norm, keeps_sum=False, dtype=state.dtype)[0]
+
+    def _reaching(self, positions: int, heads: Heads) -> Heads:
+        cosine, sine = _rotation(heads.width, self._theta, positions, self._words.device)
+        return replace(heads, cosine=cosine, sine=sine)
+
+
+def _rope_theta(config: dict[str, Any]) -> float:
+    parameters = config.get("rope_parameters") or {}
+    return float(parameters.get("rope_theta") or config.get("rope_theta") or 10000.0)
+
+
+def _rotation(width: int, theta: float, positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines float32 [positions, width / 2] of the angles position * theta^(-2 c / width)."""
+    frequencies = 1.0 / theta ** (torch.arange(0, width, 2, dtype=torch.int64, device=device).float() / width)
+    angles = torch.arange(positions, device=device).float()[:, None] * frequencies
+    return angles.cos(), angles.sin()
+
+
+def _is_plain(config: dict[str, Any]) -> bool:
+    parameters = config.get("rope_parameters") or {}
+    return (
+        config.get("model_type") in ("llama", "qwen2")
+        and config.get("hidden_act", "silu") in _ACTIVATIONS
+        and set(config.get("layer_types") or ()) <= {"full_attention"}
+        and set(parameters) <= {"rope_theta", "rope_type"}
+        and parameters.get("rope_type", "default") == "default"
+        and all(config.get(name) in (value, None) for name, value in _PLAIN.items())
+    )
+
+
+def load_decoder(path: Path, dtype: torch.dtype, device: torch.device) -> Decoder | None:
+    """Loads a folder that holds a plain tower in one safetensors file; None where it does not, or is not whole."""
+    config = read_json(path / "config.json")
+    if not _is_plain(config):
+        return None
+    try:
+        with safe_open(path / "model.safetensors", framework="pt") as file:
+            tensors = {
+                name.removeprefix("model."): file.get_tensor(name).to(device)
+                for name in file.keys()  # noqa: SIM118 (not a mapping)
+                if name != "lm_head.weight"
+            }
+        decoder = Decoder(config, tensors, dtype)
+        fits = decoder.fits(config)
+    except (OSError, SafetensorError, KeyError, RuntimeError, TypeError, ValueError):
+        return None  # the general way says what is wrong
+    return decoder if fits else None

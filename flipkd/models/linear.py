@@ -1,0 +1,43 @@
+"""Linear layers in float32, bf16 or int8, between the fused operations of ``flipkd.kernels.encoder_ops``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from flipkd.kernels.encoder_ops import Operand, Product
+
+
+class Linear:
+    """x W^T + b.
+
+    int8: W is symmetric with one scale per output, rows of x with one scale each (made by the operation before), the
+    products are exact in int32 (``torch._int_mm``: oneDNN on a CPU, cuBLAS on a GPU, the function that torchao calls
+    too). A row's scale follows from that row alone, so a text does not depend on its neighbours, as it would with one
+    scale per batch.
+
+    Args:
+        weight: [outputs, inputs].
+        bias: [outputs], or None.
+        dtype: float32, bf16 or int8.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.shape = tuple(weight.shape)
+        if dtype is torch.int8:
+            weight = weight.float()
+            self._scale = (weight.abs().amax(dim=1) / 127.0).clamp(min=1e-30)
+            # Stored as [inputs, outputs] by a view: what the multiplication takes without a copy.
+            self._weight = (weight / self._scale[:, None]).round().to(torch.int8).contiguous().t()
+            self._bias = None if bias is None else bias.float().contiguous()
+        else:
+            self._weight = weight.to(dtype).contiguous()
+            self._bias = None if bias is None else bias.to(dtype)
+
+    def __call__(self, operand: Operand) -> Product:
+        """[T, inputs] to [T, outputs]."""
+        if self.dtype is not torch.int8:
+            return Product(linear(operand.values, self._weight, self._bias))
+        return Product(torch._int_mm(operand.values, self._weight), operand.row_scale, self._scale, self._bias)

@@ -1,0 +1,83 @@
+"""Our decoder forward against transformers', and what it must leave to transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModel
+
+from flipkd.models.decoder import load_decoder
+
+from .conftest import packed, random_model
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=["llama", "qwen2"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    random_model(request.param, width=64).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 17), (1, 700)])
+def test_equals_transformers(folder: Path, shape: tuple[int, int]) -> None:
+    decoder = load_decoder(folder, torch.float32, CPU)
+    assert decoder is not None
+    ids = torch.randint(0, 600, shape, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(packed(decoder, ids), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "least"), [(torch.bfloat16, 0.995), (torch.int8, 0.98)])
+def test_low_precision_is_close_and_mixing_lengths_changes_nothing(
+    folder: Path, dtype: torch.dtype, least: float
+) -> None:
+    exact, decoder = load_decoder(folder, torch.float32, CPU), load_decoder(folder, dtype, CPU)
+    assert exact is not None
+    assert decoder is not None
+    ids = torch.randint(0, 600, (40,), generator=torch.Generator().manual_seed(1))
+    positions = torch.cat([torch.arange(length) for length in (3, 7, 30)])
+    with torch.inference_mode():
+        wanted, found = (model(ids, positions, [3, 7, 30]).float() for model in (exact, decoder))
+        alone = decoder(ids[3:10], positions[3:10], [7]).float()
+    assert torch.nn.functional.cosine_similarity(wanted, found).mean() > least
+    torch.testing.assert_close(alone, found[3:10], atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": "mistral"},
+        {"hidden_act": "tanh"},
+        {"auto_map": {"AutoModel": "code.Model"}},
+        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}},
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        {"layer_types": ["full_attention", "sliding_attention"]},
+        {"use_sliding_window": True},
+        {"num_hidden_layers": 3},
+        {"intermediate_size": 47},
+        {"num_key_value_heads": 1},
+    ],
+    ids=str,
+)
+def test_anything_else_is_left_to_transformers(folder: Path, changes: dict[str, Any]) -> None:
+    change_config(folder, **changes)
+    assert load_decoder(folder, torch.float32, CPU) is None
+
+
+def test_broken_weights_are_left_to_transformers(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert load_decoder(folder, torch.float32, CPU) is None
+    file.unlink()
+    assert load_decoder(folder, torch.float32, CPU) is None
