@@ -7,6 +7,10 @@ scores the same pairs in chunks that fit the cache; several chunk sizes are trie
 1: flipkd is faster. `gather_limit` is the share of what the machine gives a loop that only reads the same rows (its
 best prefetch distance of several) that int8 scoring of random pairs reaches; 1 would be the limit of memory.
 
+`reorder_gain`: what a job would win that sorts each batch of random pairs by left row, scores it and puts the scores
+back in order, sorting included (below 1: it loses, so `score` does not). `block_order` is the gain of pairs whose both
+rows lie in blocks of 4,096 neighbouring rows over random ones: what a table sorted by its blocking key would give.
+
 Rows lie in anonymous memory in pages of 4 KiB, as a mapped store has them; --huge-pages asks for 2 MiB pages instead.
 """
 
@@ -33,6 +37,7 @@ from flipkd.vectors.rows import STORAGE, VectorRows, quantise
 _DIM = 128
 _BATCH_PAIRS = 1 << 20
 _GROUP = 20  # pairs per left row
+_BLOCK_ROWS = 4096
 _CHUNKS = (256, 512, 1024, 2048, 4096, 8192)  # pairs
 _READS = ((8, 1), (16, 1), (16, 2), (32, 2), (16, 8), (64, 32))  # (pairs ahead, pairs per burst)
 _CHECKED = 200_000  # pairs
@@ -68,11 +73,28 @@ def score_batches(table: VectorRows, left: NDArray[np.int32], right: NDArray[np.
         pair_score(table, table, left[batch], right[batch], threads=threads)
 
 
+def score_reordered(table: VectorRows, left: NDArray[np.int32], right: NDArray[np.int32], threads: int) -> None:
+    """The same scores in the same order, each batch scored in the order of its left rows."""
+    for start in range(0, len(left), _BATCH_PAIRS):
+        batch_left, batch_right = left[start : start + _BATCH_PAIRS], right[start : start + _BATCH_PAIRS]
+        order = np.argsort(batch_left, kind="stable")  # numpy's radix sort
+        scores = np.empty(len(order), np.float32)
+        scores[order] = pair_score(table, table, batch_left[order], batch_right[order], threads=threads).score
+
+
 def make_pairs(rows: int, pairs: int) -> dict[str, tuple[NDArray[np.int32], NDArray[np.int32]]]:
-    """Return (left_index, right_index) in random order, and with _GROUP pairs in a row for each left row."""
+    """Return (left_index, right_index): random; _GROUP pairs in a row for each left row; blocks of neighbours."""
     rng = np.random.default_rng(2)
     left, right = (rng.integers(0, rows, pairs, dtype=np.int32) for _ in range(2))
-    return {"random": (left, right), "grouped": (np.repeat(left[: -(-pairs // _GROUP)], _GROUP)[:pairs], right)}
+    block = rng.integers(0, -(-rows // _BLOCK_ROWS), -(-pairs // _BLOCK_ROWS), dtype=np.int32).repeat(_BLOCK_ROWS)[
+        :pairs
+    ]
+    within = (np.minimum(block * _BLOCK_ROWS + side % _BLOCK_ROWS, rows - 1).astype(np.int32) for side in (left, right))
+    return {
+        "random": (left, right),
+        "grouped": (np.repeat(left[: -(-pairs // _GROUP)], _GROUP)[:pairs], right),
+        "in blocks": (next(within), next(within)),
+    }
 
 
 def is_right(tables: dict[str, VectorRows], source: VectorRows, left: Any, right: Any, threads: int) -> bool:
@@ -138,6 +160,8 @@ def main() -> int:
     few = min(pairs, 2_000_000)
     chunks = {}
     for order, (left, right) in peer_orders.items():
+        if order == "in blocks":
+            continue
         peer = partial(gather_multiply_sum, rows_tensor, rows_tensor)
         some = torch.from_numpy(left[:few]), torch.from_numpy(right[:few])
         chunks[order] = best_of({chunk: partial(peer, *some, chunk) for chunk in _CHUNKS}, 2)
@@ -150,6 +174,7 @@ def main() -> int:
         for order, indices in orders.items():
             functions[f"flipkd {dtype} {order}"] = partial(score_batches, table, *indices, threads)
     left, right = orders["random"]
+    functions["flipkd int8 random, reordered"] = partial(score_reordered, tables["int8"], left, right, threads)
     for ahead, burst in _READS:
         functions[f"read only int8 random, {ahead} ahead, bursts of {burst}"] = partial(
             gather_read, tables["int8"], left, right, ahead, burst, threads
@@ -173,6 +198,8 @@ def main() -> int:
         "int8_grouped": seconds["torch float32 grouped"] / seconds["flipkd int8 grouped"],
         "gather_limit": min(value for name, value in seconds.items() if "read only" in name)
         / seconds["flipkd int8 random"],
+        "reorder_gain": seconds["flipkd int8 random"] / seconds["flipkd int8 random, reordered"],
+        "block_order": seconds["flipkd int8 random"] / seconds["flipkd int8 in blocks"],
     }
     if "bf16" in tables:
         ratios["bf16_random"] = seconds["torch float32 random"] / seconds["flipkd bf16 random"]
