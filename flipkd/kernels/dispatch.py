@@ -1,7 +1,8 @@
 """Which implementation of a kernel runs here. Resolved once, logged, with one override.
 
-The override is the environment variable FLIPKD_PAIR_SCORE (or the argument `backend`): "cpu", "reference" or "triton".
-An explicit choice that cannot run raises KernelError; it never falls back.
+The override is an environment variable (or the argument `backend`): FLIPKD_PAIR_SCORE is "cpu", "reference" or "triton",
+FLIPKD_POOL_PROJECT is "reference" or "triton". An explicit choice that cannot run raises KernelError; it never falls
+back.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from flipkd.kernels.native import native
 
 BACKENDS = ("cpu", "reference", "triton")
 OVERRIDE = "FLIPKD_PAIR_SCORE"
+POOL_PROJECT_BACKENDS = ("reference", "triton")
+POOL_PROJECT_OVERRIDE = "FLIPKD_POOL_PROJECT"
 
 _log = logging.getLogger(__name__)
 
@@ -33,6 +36,46 @@ def pair_score_backend(asked: str | None = None) -> str:
         KernelError: the choice is unknown or cannot run here.
     """
     return _resolve(asked or os.environ.get(OVERRIDE) or "")
+
+
+def pool_project_backend(asked: str | None, device: str) -> str:
+    """Return the backend that turns token states on `device` into vectors: "reference" or "triton".
+
+    Without a choice it is Triton for states in the memory of a CUDA GPU, where the package is installed, and the
+    reference elsewhere.
+
+    Args:
+        asked: a backend's name; None reads FLIPKD_POOL_PROJECT.
+        device: a PyTorch device type, "cpu" or "cuda".
+
+    Raises:
+        KernelError: the choice is unknown or cannot run here.
+    """
+    return _resolve_pool_project(asked or os.environ.get(POOL_PROJECT_OVERRIDE) or "", device)
+
+
+@functools.cache
+def _resolve_pool_project(asked: str, device: str) -> str:
+    if asked and asked not in POOL_PROJECT_BACKENDS:
+        raise KernelError(
+            f"pool_project backend {asked!r} is not one of {', '.join(POOL_PROJECT_BACKENDS)}; see "
+            f"{POOL_PROJECT_OVERRIDE}"
+        )
+    installed = importlib.util.find_spec("triton") is not None
+    if asked == "triton":
+        if not installed:
+            raise KernelError(
+                "pool_project backend 'triton' needs the triton package: pip install 'flipkd[gpu]', or unset "
+                f"{POOL_PROJECT_OVERRIDE}"
+            )
+        if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise KernelError(
+                f"pool_project backend 'triton' needs states on a CUDA GPU, not on {device}; unset "
+                f"{POOL_PROJECT_OVERRIDE}"
+            )
+    chosen = asked or ("triton" if device == "cuda" and installed else "reference")
+    _log.info("pool_project on %s runs on backend %r (%s)", device, chosen, "asked for" if asked else "chosen")
+    return chosen
 
 
 @functools.cache
