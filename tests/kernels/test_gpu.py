@@ -20,7 +20,7 @@ RESULTS = """
     from flipkd.vectors.rows import VectorRows, quantise
 
     rng = np.random.default_rng(0)
-    gpu._TILE = 512  # many blocks of few pairs, so that compaction has something to join
+    gpu._COMPACT_BLOCK = 8  # several blocks, so that compaction has something to join
     for dim in (1, 3, 127, 129):
         vectors = rng.standard_normal((60, dim)).astype(np.float32)
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)

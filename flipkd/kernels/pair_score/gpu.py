@@ -1,9 +1,6 @@
 """pair_score in Triton, for rows that lie in GPU memory.
 
-One program scores a block of pairs: it gathers both rows slice by slice, so that a row larger than the registers works
-too. int8 sums are exact and the root and the quotient are correctly rounded, so int8 scores have the bits of the CPU's.
-Compaction keeps the order: the first kernel counts the survivors per block, a prefix sum turns counts into places, the
-second kernel moves them. Block sizes keep a tile of both rows in the registers of four warps (our choice).
+HEAD
 """
 
 # ruff: noqa: N803  (Triton constants are upper case)
@@ -11,6 +8,7 @@ second kernel moves them. Block sizes keep a tile of both rows in the registers 
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +19,59 @@ from numpy.typing import NDArray
 from flipkd.errors import KernelError
 from flipkd.vectors.rows import VectorRows
 
-_TILE = 4096  # numbers of one side that a program holds at a time
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_TUNED_FROM = 1 << 18  # pairs; a smaller call runs with the first of the configurations
+_COMPACT_BLOCK = 1024  # scores that a program counts or moves
+_SAMPLE = 1 << 14  # pairs that are looked at to see whether they come in runs
+_RUN = 4  # pairs per left row, on average, from which on the kernel for runs is taken
+
+# The few shapes worth trying (our choice): a thread holds 8 to 64 numbers of 4 bytes of each side. The first is the
+# one for small calls.
+_CONFIGS = [
+    triton.Config({"BLOCK_PAIRS": pairs}, num_warps=warps)
+    for pairs, warps in ((64, 4), (32, 4), (128, 4), (32, 2), (128, 8))
+]
+_RUN_CONFIGS = [
+    triton.Config({"BLOCK_PAIRS": pairs, "CHUNK": chunk}, num_warps=warps)
+    for pairs, chunk, warps in ((32, 256, 4), (16, 256, 2), (32, 128, 2), (32, 512, 4), (64, 512, 4))
+]
+
+
+def _dot4_words(a: tl.tensor, b: tl.tensor, total: tl.tensor, DP4A: tl.constexpr) -> tl.tensor:
+    """total + the products of the four int8 in each int32 of `a` and of `b`."""
+    if DP4A:
+        total = tl.inline_asm_elementwise(
+            "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, total], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:  # the interpreter has no assembler
+        for shift in tl.static_range(0, 32, 8):
+            total += ((a << (24 - shift)) >> 24) * ((b << (24 - shift)) >> 24)
+    return total
+
+
+_dot4 = triton.jit(_dot4_words)
+
+
+def _report_bad(bad_place: tl.tensor, bad: tl.tensor, place: tl.tensor, pairs: tl.tensor) -> None:
+    if tl.max(bad.to(tl.int32), 0) > 0:  # almost never, and then the order does not matter
+        tl.atomic_min(bad_place, tl.min(tl.where(bad, place, pairs), 0))
+
+
+_report = triton.jit(_report_bad)
+
+
+def _cosine_of_sums(
+    dot: tl.tensor, left_square: tl.tensor, right_square: tl.tensor, valid: tl.tensor, INT8: tl.constexpr
+) -> tl.tensor:
+    value = dot.to(tl.float32)
+    if INT8:
+        squares = left_square.to(tl.float32) * right_square.to(tl.float32)
+        value = tl.div_rn(value, tl.sqrt_rn(tl.where(squares > 1.0, squares, 1.0)))
+    value = tl.where(value > 1.0, 1.0, tl.where(value < -1.0, -1.0, value))
+    return tl.where(valid, value, float("nan"))
+
+
+_cosine = triton.jit(_cosine_of_sums)
 
 
 def _score_block(
@@ -31,55 +81,125 @@ def _score_block(
     right_index: tl.tensor,
     score: tl.tensor,
     probability: tl.tensor,
-    counts: tl.tensor,
     bad_place: tl.tensor,
     left_rows: tl.tensor,
     right_rows: tl.tensor,
-    dim: tl.tensor,
     pairs: tl.tensor,
     slope: tl.tensor,
     offset: tl.tensor,
-    min_score: tl.tensor,
     INT8: tl.constexpr,
+    WORDS: tl.constexpr,
+    DP4A: tl.constexpr,
     CALIBRATE: tl.constexpr,
-    COUNT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
     BLOCK_PAIRS: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
 ) -> None:
+    """BLOCK_PAIRS pairs in any order."""
     place = tl.program_id(0).to(tl.int64) * BLOCK_PAIRS + tl.arange(0, BLOCK_PAIRS)
     inside = place < pairs
     left_row = tl.load(left_index + place, mask=inside, other=-1).to(tl.int64)
     right_row = tl.load(right_index + place, mask=inside, other=-1).to(tl.int64)
     bad = (left_row < -1) | (left_row >= left_rows) | (right_row < -1) | (right_row >= right_rows)
-    tl.atomic_min(bad_place, tl.min(tl.where(bad, place, pairs), 0))
+    _report(bad_place, bad, place, pairs)
     valid = (left_row >= 0) & (right_row >= 0) & (bad == 0)  # nothing is read for the others
-    zero = tl.zeros([BLOCK_PAIRS], tl.int32 if INT8 else tl.float32)
-    dot, left_square, right_square = zero, zero, zero
-    for start in range(0, dim, BLOCK_DIM):
-        column = start + tl.arange(0, BLOCK_DIM)
-        mask = valid[:, None] & (column < dim)[None, :]
-        a = tl.load(left + left_row[:, None] * dim + column[None, :], mask=mask, other=0)
-        b = tl.load(right + right_row[:, None] * dim + column[None, :], mask=mask, other=0)
-        if INT8:
+    dot = tl.zeros([BLOCK_PAIRS, BLOCK_COLUMNS], tl.int32 if INT8 else tl.float32)
+    left_square, right_square = dot, dot
+    for start in tl.static_range(0, COLUMNS, BLOCK_COLUMNS):
+        column = start + tl.arange(0, BLOCK_COLUMNS)
+        mask = valid[:, None] & (column < COLUMNS)[None, :]
+        a = tl.load(left + left_row[:, None] * COLUMNS + column[None, :], mask=mask, other=0)
+        b = tl.load(right + right_row[:, None] * COLUMNS + column[None, :], mask=mask, other=0)
+        if WORDS:
+            dot = _dot4(a, b, dot, DP4A)
+            left_square = _dot4(a, a, left_square, DP4A)
+            right_square = _dot4(b, b, right_square, DP4A)
+        elif INT8:
             a = a.to(tl.int32)
             b = b.to(tl.int32)
-            left_square += tl.sum(a * a, 1)
-            right_square += tl.sum(b * b, 1)
+            dot += a * b
+            left_square += a * a
+            right_square += b * b
         else:
-            a = a.to(tl.float32)
-            b = b.to(tl.float32)
-        dot += tl.sum(a * b, 1)
-    value = dot.to(tl.float32)
-    if INT8:
-        squares = left_square.to(tl.float32) * right_square.to(tl.float32)
-        value = tl.div_rn(value, tl.sqrt_rn(tl.where(squares > 1.0, squares, 1.0)))
-    value = tl.where(value > 1.0, 1.0, tl.where(value < -1.0, -1.0, value))
-    value = tl.where(valid, value, float("nan"))
+            dot += a.to(tl.float32) * b.to(tl.float32)
+    value = _cosine(tl.sum(dot, 1), tl.sum(left_square, 1), tl.sum(right_square, 1), valid, INT8)
     tl.store(score + place, value, mask=inside)
     if CALIBRATE:
         tl.store(probability + place, 1.0 / (1.0 + tl.exp(-(slope * value + offset))), mask=inside)
-    if COUNT:
-        tl.store(counts + tl.program_id(0), tl.sum((valid & (value >= min_score)).to(tl.int64), 0))
+
+
+def _score_runs(
+    left: tl.tensor,
+    right: tl.tensor,
+    left_index: tl.tensor,
+    right_index: tl.tensor,
+    score: tl.tensor,
+    probability: tl.tensor,
+    bad_place: tl.tensor,
+    left_rows: tl.tensor,
+    right_rows: tl.tensor,
+    pairs: tl.tensor,
+    slope: tl.tensor,
+    offset: tl.tensor,
+    INT8: tl.constexpr,
+    WORDS: tl.constexpr,
+    DP4A: tl.constexpr,
+    CALIBRATE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_PAIRS: tl.constexpr,
+    CHUNK: tl.constexpr,
+) -> None:
+    """CHUNK pairs, step by step: as many as share their left row, BLOCK_PAIRS at most."""
+    begin = tl.program_id(0).to(tl.int64) * CHUNK
+    end = tl.minimum(begin + CHUNK, pairs)
+    lane = tl.arange(0, BLOCK_PAIRS)
+    while begin < end:
+        place = begin + lane
+        left_row = tl.load(left_index + begin).to(tl.int64)
+        others = tl.load(left_index + place, mask=place < end, other=-2).to(tl.int64)
+        # the first pair that is another's, or past the end; never the pair at `begin` itself
+        length = tl.min(tl.where((place < end) & (others == left_row), BLOCK_PAIRS, lane), 0)
+        inside = lane < length
+        right_row = tl.load(right_index + place, mask=inside, other=-1).to(tl.int64)
+        bad_left = (left_row < -1) | (left_row >= left_rows)
+        bad_right = (right_row < -1) | (right_row >= right_rows)
+        _report(bad_place, bad_right | (lane < tl.where(bad_left, length, 0)), place, pairs)
+        has_left = (left_row >= 0) & (left_row < left_rows)
+        valid = (lane < tl.where(has_left, length, 0)) & (right_row >= 0) & (bad_right == 0)
+        dot = tl.zeros([BLOCK_PAIRS, BLOCK_COLUMNS], tl.int32 if INT8 else tl.float32)
+        right_square = dot
+        left_square = tl.zeros([BLOCK_COLUMNS], tl.int32 if INT8 else tl.float32)
+        for start in tl.static_range(0, COLUMNS, BLOCK_COLUMNS):
+            column = start + tl.arange(0, BLOCK_COLUMNS)
+            mask = valid[:, None] & (column < COLUMNS)[None, :]
+            a = tl.load(left + left_row * COLUMNS + column, mask=column < tl.where(has_left, COLUMNS, 0), other=0)
+            b = tl.load(right + right_row[:, None] * COLUMNS + column[None, :], mask=mask, other=0)
+            if WORDS:
+                dot = _dot4(a[None, :] + tl.zeros_like(b), b, dot, DP4A)
+                left_square = _dot4(a, a, left_square, DP4A)
+                right_square = _dot4(b, b, right_square, DP4A)
+            elif INT8:
+                a = a.to(tl.int32)
+                b = b.to(tl.int32)
+                dot += a[None, :] * b
+                left_square += a * a
+                right_square += b * b
+            else:
+                dot += a.to(tl.float32)[None, :] * b.to(tl.float32)
+        value = _cosine(tl.sum(dot, 1), tl.sum(left_square, 0), tl.sum(right_square, 1), valid, INT8)
+        tl.store(score + place, value, mask=inside)
+        if CALIBRATE:
+            tl.store(probability + place, 1.0 / (1.0 + tl.exp(-(slope * value + offset))), mask=inside)
+        begin += length.to(tl.int64)
+
+
+def _count_block(
+    score: tl.tensor, counts: tl.tensor, pairs: tl.tensor, min_score: tl.tensor, BLOCK: tl.constexpr
+) -> None:
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(score + place, mask=place < pairs, other=float("nan"))
+    tl.store(counts + tl.program_id(0), tl.sum((value >= min_score).to(tl.int64), 0))
 
 
 def _compact_block(
@@ -92,9 +212,9 @@ def _compact_block(
     pairs: tl.tensor,
     min_score: tl.tensor,
     CALIBRATE: tl.constexpr,
-    BLOCK_PAIRS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ) -> None:
-    place = tl.program_id(0).to(tl.int64) * BLOCK_PAIRS + tl.arange(0, BLOCK_PAIRS)
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(score + place, mask=place < pairs, other=float("nan"))
     kept = value >= min_score
     rank = tl.cumsum(kept.to(tl.int64), 0)
@@ -106,7 +226,18 @@ def _compact_block(
 
 
 _score_kernel = triton.jit(_score_block)
+_runs_kernel = triton.jit(_score_runs)
+_count_kernel = triton.jit(_count_block)
 _compact_kernel = triton.jit(_compact_block)
+
+
+def _tuned(kernel: Any, configs: list[triton.Config]) -> Any:
+    """Tuned once per process for each (numbers in a row, types of rows and indices); not in the interpreter."""
+    return kernel if _INTERPRETED else triton.autotune(configs=configs, key=["COLUMNS"])(kernel)
+
+
+_tuned_score_kernel = _tuned(_score_kernel, _CONFIGS)
+_tuned_runs_kernel = _tuned(_runs_kernel, _RUN_CONFIGS)
 
 
 def device() -> torch.device:
@@ -162,6 +293,7 @@ def pair_score_tensors(
     *,
     calibration: tuple[float, float] | None = None,
     min_score: float | None = None,
+    grouped: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Score pairs of rows in GPU memory; the contract is that of `flipkd.kernels.pair_score.pair_score`.
 
@@ -172,54 +304,28 @@ def pair_score_tensors(
         right_index: [P] likewise.
         calibration: (a, b) of the probability.
         min_score: keep survivors only.
+        grouped: whether pairs with the same left row follow each other; None: look at the first few.
 
     Returns:
         score [P or survivors] float32, probability or None, position int64 or None.
 
     Raises:
         IndexError: an index outside -1..rows-1; nothing was read there.
+        ValueError: rows that are not contiguous.
     """
-    pairs, dim = len(left_index), left.shape[1]
-    block_dim = min(128, triton.next_power_of_2(dim))
-    block_pairs = _TILE // block_dim
-    blocks = triton.cdiv(pairs, block_pairs)
-    on = left.device
+    if not (left.is_contiguous() and right.is_contiguous()):
+        raise ValueError("rows must be contiguous; pass rows.contiguous()")
+    pairs, on = len(left_index), left.device
     score = torch.empty(pairs, dtype=torch.float32, device=on)
     probability = torch.empty_like(score) if calibration is not None else None
-    counts = torch.zeros(blocks, dtype=torch.int64, device=on)
-    bad_place = torch.full((1,), pairs, dtype=torch.int64, device=on)
-    slope, offset = calibration or (0.0, 0.0)
-    least = -torch.inf if min_score is None else min_score
-    if blocks:
-        _score_kernel[(blocks,)](
-            left,
-            right,
-            left_index,
-            right_index,
-            score,
-            score if probability is None else probability,
-            counts,
-            bad_place,
-            len(left),
-            len(right),
-            dim,
-            pairs,
-            slope,
-            offset,
-            least,
-            left.dtype == torch.int8,
-            probability is not None,
-            min_score is not None,
-            block_pairs,
-            block_dim,
-        )
-    place = int(bad_place.item())
-    if place < pairs:
-        from flipkd.kernels.pair_score import out_of_range
-
-        raise out_of_range(place, int(left_index[place]), int(right_index[place]), len(left), len(right))
+    if pairs:
+        _score(left, right, left_index.contiguous(), right_index.contiguous(), score, probability, calibration, grouped)
     if min_score is None:
         return score, probability, None
+    blocks = triton.cdiv(pairs, _COMPACT_BLOCK)
+    counts = torch.empty(blocks, dtype=torch.int64, device=on)
+    if blocks:
+        _count_kernel[(blocks,)](score, counts, pairs, min_score, BLOCK=_COMPACT_BLOCK)
     ends = torch.cumsum(counts, 0)
     survivors = int(ends[-1].item()) if blocks else 0
     kept_score = torch.empty(survivors, dtype=torch.float32, device=on)
@@ -234,8 +340,81 @@ def pair_score_tensors(
             kept_score if kept_probability is None else kept_probability,
             kept_position,
             pairs,
-            least,
-            probability is not None,
-            block_pairs,
+            min_score,
+            CALIBRATE=probability is not None,
+            BLOCK=_COMPACT_BLOCK,
         )
     return kept_score, kept_probability, kept_position
+
+
+def shape_constants(dtype: torch.dtype, dim: int) -> dict[str, int | bool]:
+    """Return what follows from the rows alone, so that a tuned launch adds up a row in the same order as any other.
+
+    BLOCK_COLUMNS is at most what one warp loads with 16 bytes a thread: then a row lies in one warp.
+    """
+    int8 = dtype == torch.int8
+    words = int8 and dim % 4 == 0  # a row starts on a whole int32
+    widest = 128 if words or dtype == torch.float32 else 256
+    columns = dim // 4 if words else dim
+    return {
+        "INT8": int8,
+        "WORDS": words,
+        "COLUMNS": columns,
+        "BLOCK_COLUMNS": min(widest, triton.next_power_of_2(columns)),
+    }
+
+
+def _score(
+    left: torch.Tensor,
+    right: torch.Tensor,
+    left_index: torch.Tensor,
+    right_index: torch.Tensor,
+    score: torch.Tensor,
+    probability: torch.Tensor | None,
+    calibration: tuple[float, float] | None,
+    grouped: bool | None,
+) -> None:
+    pairs = len(left_index)
+    constants = shape_constants(left.dtype, left.shape[1])
+    bad_place = torch.full((1,), pairs, dtype=torch.int64, device=left.device)
+    slope, offset = calibration or (0.0, 0.0)
+    if grouped is None:
+        grouped = _comes_in_runs(left_index)
+    configs = _RUN_CONFIGS if grouped else _CONFIGS
+    sizes: dict[str, int] = {}
+    if _INTERPRETED or pairs < _TUNED_FROM:
+        kernel = _runs_kernel if grouped else _score_kernel
+        sizes = {**configs[0].kwargs, "num_warps": configs[0].num_warps}
+    else:
+        kernel = _tuned_runs_kernel if grouped else _tuned_score_kernel
+    step = "CHUNK" if grouped else "BLOCK_PAIRS"
+    kernel[lambda values: (triton.cdiv(pairs, values[step]),)](
+        left.view(torch.int32) if constants["WORDS"] else left,
+        right.view(torch.int32) if constants["WORDS"] else right,
+        left_index,
+        right_index,
+        score,
+        score if probability is None else probability,
+        bad_place,
+        len(left),
+        len(right),
+        pairs,
+        slope,
+        offset,
+        DP4A=not _INTERPRETED and torch.version.hip is None,
+        CALIBRATE=probability is not None,
+        **constants,
+        **sizes,
+        enable_fp_fusion=False,  # rounded as it is written, whatever Triton's default
+    )
+    place = int(bad_place.item())
+    if place < pairs:
+        from flipkd.kernels.pair_score import out_of_range
+
+        raise out_of_range(place, int(left_index[place]), int(right_index[place]), len(left), len(right))
+
+
+def _comes_in_runs(left_index: torch.Tensor) -> bool:
+    sample = left_index[:_SAMPLE]
+    runs = 1 + int((sample[1:] != sample[:-1]).sum().item())
+    return len(sample) >= _RUN * runs

@@ -26,8 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_TILE = 8192  # numbers of token states that a program holds at a time: 32 a thread
-_MATRIX_TILE = 8192  # numbers of A likewise, in shared memory: 32 KiB
+_TILE = 4096  # numbers of token states that a program holds at a time: 16 a thread
+_MATRIX_TILE = 4096  # numbers of A likewise, in shared memory: 16 KiB
 _WARPS = 8
 _DOT_ROWS = 16  # rows of the smallest tile that tl.dot takes
 MAX_WIDTH = 16384
@@ -71,7 +71,7 @@ def _pool_project_texts(
         if LAST:
             begin = tl.maximum(begin, end - 1)
         sums = tl.zeros([TOKENS, WIDTH], tl.float32)
-        for start in tl.range(begin, end, TOKENS, num_stages=2):
+        for start in tl.range(begin, end, TOKENS, num_stages=3):
             token = start + tl.arange(0, TOKENS)
             mask = (token < end)[:, None] & in_width[None, :]
             x = tl.load(states + token[:, None] * width + column[None, :], mask=mask, other=0.0).to(tl.float32)

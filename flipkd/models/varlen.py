@@ -1,0 +1,177 @@
+"""Attention within each text of a packed row, on a GPU in one kernel whatever the lengths.
+
+What there is (PyTorch 2.13, flash-attn 2.8), and why `torch.nn.attention.varlen.varlen_attn` was chosen:
+
+- ``varlen_attn`` runs the FlashAttention kernel that PyTorch already carries, straight on [T, heads, d] and cu_seqlens:
+  no padding, no mask, no second package. It knows grouped heads (``enable_gqa``) and causal or full attention
+  (``window_size``). float16 and bfloat16, Ampere or newer. Where the user has activated FlashAttention 3 or 4
+  (``torch.nn.attention.activate_flash_attention_impl``), the same call runs that.
+- flash-attn's ``flash_attn_varlen_func`` is the same algorithm in a package that is compiled for one PyTorch and one
+  CUDA at a time. It is taken where PyTorch has no ``varlen_attn`` with these arguments but flash-attn is installed.
+- Nested tensors end in the same kernel, and bring a tensor type of their own through the whole model.
+- flex_attention needs a block mask for every new set of lengths and torch.compile; it earns that with unusual masks,
+  and ours are plain.
+
+float32 (no flash kernel takes it), CPUs and everything else go text length by text length through
+``scaled_dot_product_attention``: exact, and of the same cost where texts of one length lie side by side.
+
+A text's result does not depend on its neighbours: FlashAttention 2 splits no keys of a packed batch without a block
+table, and FlashAttention 3 and 4 are told not to (``num_splits=1``).
+
+CUDA graphs: the flash kernels read ``cu_seqlens`` on the device, and ``max_length`` is only an upper bound, which a
+captured graph keeps. Capture with the bound of a shape, and fill unused places of ``cu_seqlens`` with its last number,
+which are texts without tokens. The way by lengths reads ``cu_seqlens`` on the host, so it cannot be captured.
+
+The flash paths were never run so far: no GPU was at hand. The way by lengths is tested against dense attention.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+import logging
+from itertools import groupby
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+_HALF = (torch.float16, torch.bfloat16)
+_MAX_FLASH_WIDTH = 256  # numbers per head
+_AMPERE = (8, 0)
+
+_log = logging.getLogger(__name__)
+
+
+def packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_length: int, causal: bool, scale: float | None
+) -> Tensor:
+    """Attention of every token to the tokens of its own text.
+
+    Args:
+        query: [T, heads, d].
+        key: [T, key heads, d]; heads is a multiple of key heads, and head h uses key head h // (heads / key heads).
+        value: like ``key``.
+        cu_seqlens: int32 [N + 1] on the same device; text i is tokens cu_seqlens[i] to cu_seqlens[i + 1].
+        max_length: no text has more tokens. Only the flash kernels look at it.
+        causal: a token sees itself and the tokens before it; else all tokens of its text.
+        scale: factor of the products; None for 1 / sqrt(d).
+
+    Returns:
+        [T, heads, d], in the type of ``query``.
+
+    Raises:
+        ValueError: shapes that do not fit each other.
+    """
+    _check(query, key, value, cu_seqlens)
+    way = _flash(query)
+    if way == "torch":
+        return _torch_flash(query, key, value, cu_seqlens, max_length, causal, scale)
+    if way == "flash_attn":
+        return _package_flash(query, key, value, cu_seqlens, max_length, causal, scale)
+    return attention_by_length(query, key, value, cu_seqlens, causal, scale)
+
+
+def attention_by_length(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, causal: bool, scale: float | None
+) -> Tensor:
+    """The same in plain PyTorch: one call for each run of texts of one length. Waits for the device."""
+    lengths = cu_seqlens.diff().tolist()
+    groups = [(len(list(same)), length) for length, same in groupby(lengths) if length]
+    tokens = [count * length for count, length in groups]
+    outputs = []
+    rows = zip(*(torch.split(row, tokens) for row in (query, key, value)), strict=True)
+    for (count, length), parts in zip(groups, rows, strict=True):
+        # [count * length, heads, d] -> [count, heads, length, d], a view
+        q, k, v = (part.view(count, length, *part.shape[1:]).transpose(1, 2) for part in parts)
+        mixed = scaled_dot_product_attention(
+            q, k, v, is_causal=causal, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+        )
+        outputs.append(mixed.transpose(1, 2).reshape(count * length, *query.shape[1:]))
+    return torch.cat(outputs) if outputs else torch.empty_like(query)
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> None:
+    if query.ndim != 3 or key.ndim != 3 or key.shape != value.shape:
+        raise ValueError(
+            f"query, key and value must be [tokens, heads, width], key and value alike, not {tuple(query.shape)}, "
+            f"{tuple(key.shape)} and {tuple(value.shape)}"
+        )
+    if len(query) != len(key) or query.shape[2] != key.shape[2] or query.shape[1] % key.shape[1]:
+        raise ValueError(
+            f"a query of shape {tuple(query.shape)} does not fit a key of shape {tuple(key.shape)}: tokens and width "
+            "must be equal, heads a multiple of key heads"
+        )
+    if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32 or len(cu_seqlens) < 1:
+        raise ValueError(f"cu_seqlens must be int32 [texts + 1], not {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
+    if cu_seqlens.device.type == "cpu":
+        if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != len(query) or bool((cu_seqlens.diff() < 0).any()):
+            raise ValueError(f"cu_seqlens must start at 0, never fall, and end at the number of tokens, {len(query)}")
+
+
+def _flash(query: Tensor) -> str | None:
+    """Which flash kernel takes this query: "torch", "flash_attn" or None."""
+    if query.device.type != "cuda" or query.dtype not in _HALF or query.shape[2] > _MAX_FLASH_WIDTH:
+        return None
+    if query.shape[2] % 8 or torch.cuda.get_device_capability(query.device) < _AMPERE:
+        return None
+    return flash_kernel()
+
+
+@functools.cache
+def flash_kernel() -> str | None:
+    """The flash kernel that is installed: "torch" (`varlen_attn`), "flash_attn" or None. Logged once."""
+    found = None
+    if importlib.util.find_spec("torch.nn.attention.varlen") is not None:
+        from torch.nn.attention.varlen import varlen_attn
+
+        # PyTorch 2.10 had it first, with other arguments
+        if {"window_size", "enable_gqa", "scale", "num_splits"} <= inspect.signature(varlen_attn).parameters.keys():
+            found = "torch"
+    if found is None and importlib.util.find_spec("flash_attn") is not None:
+        found = "flash_attn"
+    _log.info("packed attention on a GPU runs on %s", found or "scaled_dot_product_attention, length by length")
+    return found
+
+
+def _torch_flash(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_length: int, causal: bool, scale: float | None
+) -> Tensor:
+    from torch.nn.attention import current_flash_attention_impl
+    from torch.nn.attention.varlen import varlen_attn
+
+    output: Tensor = varlen_attn(
+        query,
+        key,
+        value,
+        cu_seqlens,
+        cu_seqlens,
+        max_length,
+        max_length,
+        scale=scale,
+        window_size=(-1, 0) if causal else (-1, -1),
+        enable_gqa=query.shape[1] != key.shape[1],
+        # FlashAttention 2, which is None here, has nothing to switch off without a block table
+        num_splits=None if current_flash_attention_impl() is None else 1,
+    )
+    return output
+
+
+def _package_flash(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_length: int, causal: bool, scale: float | None
+) -> Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    output: Tensor = flash_attn_varlen_func(
+        query,
+        key,
+        value,
+        cu_seqlens,
+        cu_seqlens,
+        max_length,
+        max_length,
+        softmax_scale=scale,
+        causal=causal,
+    )
+    return output
