@@ -15,8 +15,10 @@ What there is (PyTorch 2.13, flash-attn 2.8), and why `torch.nn.attention.varlen
 float32 (no flash kernel takes it), CPUs and everything else go text length by text length through
 ``scaled_dot_product_attention``: exact, and of the same cost where texts of one length lie side by side.
 
-A text's result does not depend on its neighbours: FlashAttention 2 splits no keys of a packed batch without a block
-table, and FlashAttention 3 and 4 are told not to (``num_splits=1``).
+A text's result does not depend on its neighbours: FlashAttention 3 and 4 are told not to split the keys of a text
+(``num_splits=1``), and FlashAttention 2 splits none of a packed batch but on its way for one query a text (decoding).
+That way also fails where heads are grouped and a text is empty (Dao-AILab/flash-attention issue 1537), so the kernels
+are never told a bound below 2.
 
 CUDA graphs: the flash kernels read ``cu_seqlens`` on the device, and ``max_length`` is only an upper bound, which a
 captured graph keeps. Capture with the bound of a shape, and fill unused places of ``cu_seqlens`` with its last number,
@@ -65,6 +67,7 @@ def packed_attention(
         ValueError: shapes that do not fit each other.
     """
     _check(query, key, value, cu_seqlens)
+    max_length = max(max_length, 2)  # see above
     way = _flash(query)
     if way == "torch":
         return _torch_flash(query, key, value, cu_seqlens, max_length, causal, scale)

@@ -26,9 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_TILE = 4096  # numbers of token states that a program holds at a time: 16 a thread
+_TILE = 4096  # numbers of token states that a program holds at a time
 _MATRIX_TILE = 4096  # numbers of A likewise, in shared memory: 16 KiB
-_WARPS = 8
 _DOT_ROWS = 16  # rows of the smallest tile that tl.dot takes
 MAX_WIDTH = 16384
 MAX_DIM = 1024
@@ -216,6 +215,6 @@ def launch(
         KIND=_KINDS[dtype],
         TEXTS=share,
         **constants(width, dim),
-        num_warps=_WARPS,
+        num_warps=16 if dim > 256 else 8,
         enable_fp_fusion=False,  # sums are rounded as they are written, whatever Triton's default
     )

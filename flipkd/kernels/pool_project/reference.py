@@ -46,6 +46,7 @@ def unit_vectors(
     texts = torch.split(states, lengths)
     pooled = [text.mean(0) if len(text) else text.new_zeros(text.shape[1]) for text in texts]
     vectors = (torch.stack(pooled) if pooled else states.new_zeros(0, states.shape[1])) @ projection.T
-    norms = vectors.norm(dim=1, keepdim=True)
+    wide = vectors.to(torch.promote_types(vectors.dtype, torch.float32))  # 1e-12 is 0 in float16
+    norms = wide.norm(dim=1, keepdim=True)
     # an overflowing norm must not pass for a vector of zeros
-    return torch.where(norms.isfinite(), vectors / norms.clamp(min=1e-12), torch.nan)
+    return torch.where(norms.isfinite(), wide / norms.clamp(min=1e-12), torch.nan).to(vectors.dtype)

@@ -1,0 +1,130 @@
+"""Packed attention length by length against dense attention, and which kernel a GPU would get."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from flipkd.models import varlen
+from flipkd.models.varlen import packed_attention
+
+
+def dense(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], causal: bool, scale: float | None) -> Tensor:
+    """float64, one softmax over all tokens with all but the own text masked."""
+    query, key, value = query.double(), key.double(), value.double()
+    repeats = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    text = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.int64))
+    sees = text[:, None] == text[None, :]
+    if causal:
+        sees &= torch.ones_like(sees).tril()
+    factor = query.shape[2] ** -0.5 if scale is None else scale
+    products = torch.einsum("qhd,khd->hqk", query, key) * factor
+    weights = products.masked_fill(~sees, -torch.inf).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, value)
+
+
+def make(
+    lengths: list[int], heads: int, key_heads: int, width: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(len(lengths))
+    shapes = ((heads, width), (key_heads, width), (key_heads, width))
+    query, key, value = (torch.randn(sum(lengths), *shape, generator=generator).to(dtype) for shape in shapes)
+    starts = torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0).int()
+    return query, key, value, starts
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(any),
+    key_heads=st.integers(1, 3),
+    repeats=st.integers(1, 3),
+    width=st.sampled_from((1, 5, 8, 64)),
+    causal=st.booleans(),
+    scale=st.sampled_from((None, 0.3)),
+)
+def test_is_dense_attention(
+    lengths: list[int], key_heads: int, repeats: int, width: int, causal: bool, scale: float | None
+) -> None:
+    query, key, value, starts = make(lengths, key_heads * repeats, key_heads, width)
+    got = packed_attention(query, key, value, starts, max(lengths), causal, scale)
+    assert got.dtype == torch.float32
+    want = dense(query, key, value, lengths, causal, scale)
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-5)
+
+
+def test_bfloat16_stays_bfloat16() -> None:
+    query, key, value, starts = make([4, 4, 1], 4, 2, 16, torch.bfloat16)
+    got = packed_attention(query, key, value, starts, 4, True, None)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.double(), dense(query, key, value, [4, 4, 1], True, None), rtol=0, atol=0.03)
+
+
+def test_no_tokens_at_all() -> None:
+    query, key, value, starts = make([0, 0], 4, 2, 8)
+    assert packed_attention(query, key, value, starts, 0, False, None).shape == (0, 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q, k, v, s: (q, k[:, :, :4], v, s), "key and value alike"),
+        (lambda q, k, v, s: (q[:-1], k, v, s), "does not fit"),
+        (lambda q, k, v, s: (q[:, :3], k, v, s), "multiple of key heads"),
+        (lambda q, k, v, s: (q, k, v, s.long()), "must be int32"),
+        (lambda q, k, v, s: (q, k, v, s - 1), "must start at 0"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(change: Any, message: str) -> None:
+    query, key, value, starts = change(*make([2, 3], 4, 2, 8))
+    with pytest.raises(ValueError, match=message):
+        packed_attention(query, key, value, starts, 3, True, None)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("max_length", [1, 7])
+def test_varlen_attn_is_called_as_this_pytorch_has_it(
+    causal: bool, max_length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No GPU here: the call must fit the real signature, and ask for what the fallback computes."""
+    module = pytest.importorskip("torch.nn.attention.varlen")
+    signature = inspect.signature(module.varlen_attn)
+    calls = []
+
+    def recorded(*args: Any, **options: Any) -> Tensor:
+        calls.append(signature.bind(*args, **options).arguments)
+        return args[0]
+
+    varlen.flash_kernel.cache_clear()
+    assert varlen.flash_kernel() == "torch"
+    monkeypatch.setattr(module, "varlen_attn", recorded)
+    monkeypatch.setattr(varlen, "_flash", lambda query: "torch")
+    query, key, value, starts = make([1, 0, 1], 4, 2, 8)
+    packed_attention(query, key, value, starts, max_length, causal, 0.5)
+    (call,) = calls
+    assert call["query"] is query
+    assert call["cu_seq_q"] is starts
+    assert call["cu_seq_k"] is starts
+    assert (call["max_q"], call["max_k"]) == (max(2, max_length),) * 2  # never 1: see the module's docstring
+    assert call["window_size"] == ((-1, 0) if causal else (-1, -1))
+    assert call["enable_gqa"] is True
+    assert call["scale"] == 0.5
+    assert call["num_splits"] is None
+
+
+def test_the_operator_behind_varlen_attn_takes_these_arguments() -> None:
+    """Shapes alone, on PyTorch's meta device: the arguments pass the real operator."""
+    pytest.importorskip("torch.nn.attention.varlen")
+    query, key, value, starts = (each.to("meta") for each in make([3, 2], 4, 2, 16, torch.bfloat16))
+    assert varlen._torch_flash(query, key, value, starts, 3, True, None).shape == (5, 4, 16)
+
+
+def test_only_half_precision_on_a_gpu_goes_to_flash() -> None:
+    assert varlen._flash(torch.zeros(1, 1, 8, dtype=torch.bfloat16)) is None
+    assert varlen._flash(torch.zeros(1, 1, 8, device="meta", dtype=torch.bfloat16)) is None
