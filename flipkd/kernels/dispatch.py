@@ -1,8 +1,8 @@
 """Which implementation of a kernel runs here. Resolved once, logged, with one override.
 
-The override is an environment variable (or the argument `backend`): FLIPKD_PAIR_SCORE is "cpu", "reference" or "triton",
-FLIPKD_POOL_PROJECT is "reference" or "triton". An explicit choice that cannot run raises KernelError; it never falls
-back.
+The override is an environment variable (or the argument `backend`): FLIPKD_PAIR_SCORE is "cpu", "reference" or
+"triton", FLIPKD_POOL_PROJECT is "reference" or "triton". An explicit choice that cannot run raises KernelError; it
+never falls back.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """pool_project in Triton's interpreter, against plain PyTorch.
 
-Triton reads TRITON_INTERPRET when it is imported, so test_pool_project.py runs this file in a process of its own.
+Triton reads TRITON_INTERPRET when it is imported, so test_gpu.py runs this file in a process of its own.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -100,7 +101,7 @@ def test_a_text_does_not_depend_on_its_neighbours(monkeypatch: pytest.MonkeyPatc
     starts = case["cu_seqlens"].tolist()
     for share in (1, 4):
         monkeypatch.setattr(gpu, "texts_per_program", lambda texts, processors, share=share: share)
-        for text, (begin, end) in enumerate(zip(starts, starts[1:], strict=False)):
+        for text, (begin, end) in enumerate(pairwise(starts)):
             alone = {**case, "states": case["states"][begin:end], "cu_seqlens": starts_of([end - begin])}
             assert torch.equal(pool_project(**alone, backend="triton").rows[0], together[text])
     poisoned = {**case, "states": case["states"].clone()}
@@ -157,9 +158,7 @@ def test_nothing_outside_the_states_is_read() -> None:
     guarded[8:16] = case["states"]
     rows, finite = torch.empty(3, 4), torch.empty(3, dtype=torch.uint8)
     starts = torch.tensor([-5, 4, 100, 2], dtype=torch.int32)  # the last text ends before it begins
-    gpu.launch(
-        guarded[8:16], starts, case["projection"], case["norm_weight"], 1e-6, "mean", "float32", 2, rows, finite
-    )
+    gpu.launch(guarded[8:16], starts, case["projection"], case["norm_weight"], 1e-6, "mean", "float32", 2, rows, finite)
     want = pool_project(**case, backend="reference").rows
     torch.testing.assert_close(rows[:2], want, rtol=0, atol=1e-6)
     assert (rows[2] == 0).all()

@@ -1,12 +1,8 @@
-"""pool_project: checks, dispatch and the reference here; the Triton kernel in a process of its own."""
+"""pool_project: checks, dispatch and the reference; the Triton kernel is tested in test_gpu.py."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,21 +31,6 @@ def case(**changes: Any) -> dict[str, Any]:
         "norm_weight": torch.rand(6, generator=generator),
         **changes,
     }
-
-
-def test_triton_kernel_in_the_interpreter() -> None:
-    pytest.importorskip("triton")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON", "FLIPKD_POOL"))}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "interpreted_pool_project.py"],
-        cwd=Path(__file__).parent,
-        env={**environment, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_reference_is_transformers_norm_then_pooling_then_projection() -> None:

@@ -1,6 +1,27 @@
 """pair_score in Triton, for rows that lie in GPU memory.
 
-HEAD
+A program scores a block of pairs: both rows come into the registers, 16 bytes a thread, and a row lies in one warp.
+
+- Any order (`_score_block`): a block of pairs at a time; nothing depends on the pair before.
+- Runs of one left row (`_score_runs`): a program goes through a stretch of pairs, run by run. The left row is loaded,
+  and its norm summed, once for a run of at most BLOCK_PAIRS pairs. Taken where pairs have at least _RUN neighbours with
+  their left row on average, by a look at the first ones.
+- Survivors of `min_score` keep their order: one kernel counts them block by block, a prefix sum turns counts into
+  places, one kernel moves them. No atomics, so the result is the same every time.
+
+int8 rows of a multiple of 4 numbers are read as int32 words, and four products are added up by one `dp4a`; tl.dot would
+compute all pairs of a block's left and right rows to use the diagonal, so it does not pay for gathered pairs. Compiled
+for sm_90 with d = 128, 64 pairs and 4 warps: 8 `ld.global.v4.b32` a thread for the rows (LDG.E.128), 48 `dp4a.s32.s32`
+(IDP.4A.S8.S8: products and both norms), shuffles inside a warp for the sums, 40 registers, no spill. Other int8 rows are
+widened byte by byte. Sums are int32 and exact, root and quotient correctly rounded, so int8 scores have the bits of the
+CPU's. float32 and bf16 rows are summed in float32, in an order that the tuned sizes do not touch (for rows of 32 numbers
+or more), so tuning does not change a score.
+
+An index outside the rows is never read through: its pair is masked, and the least such place reported (the only atomic,
+reached by no program without one).
+
+Tested in Triton's interpreter and compiled for sm_90; never run on a GPU so far, so the list of sizes is a guess from
+the compiler's register counts.
 """
 
 # ruff: noqa: N803  (Triton constants are upper case)

@@ -77,9 +77,7 @@ def pool_project(
     if pool_project_backend(backend, states.device.type) == "reference":
         from flipkd.kernels.pool_project import reference
 
-        return PooledRows(
-            *reference.pool_project(states, cu_seqlens, projection, norm_weight, epsilon, pooling, dtype)
-        )
+        return PooledRows(*reference.pool_project(states, cu_seqlens, projection, norm_weight, epsilon, pooling, dtype))
     from flipkd.kernels.pool_project import gpu
 
     return PooledRows(*gpu.pool_project(states, cu_seqlens, projection, norm_weight, epsilon, pooling, dtype))

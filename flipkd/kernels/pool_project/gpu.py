@@ -117,7 +117,9 @@ def _pool_project_texts(
         scaled = tl.fma(ratio, 127.0 + tl.zeros_like(ratio), tl.zeros_like(ratio))
         tl.store(place, ((scaled + 12582912.0) - 12582912.0).to(tl.int8), mask=mask)
     elif KIND == 1:
-        bits = unit.to(tl.uint32, bitcast=True)  # to nearest, ties to even, written out: the interpreter's cast cuts off
+        bits = unit.to(
+            tl.uint32, bitcast=True
+        )  # to nearest, ties to even, written out: the interpreter's cast cuts off
         tl.store(place, ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16), mask=mask)
     else:
         tl.store(place, unit, mask=mask)
@@ -163,7 +165,7 @@ def pool_project(
     """
     from flipkd.kernels.pool_project import TORCH_DTYPES
 
-    (tokens, width), dim = states.shape, projection.shape[0]
+    width, dim = states.shape[1], projection.shape[0]
     if width > MAX_WIDTH or dim > MAX_DIM:
         raise ValueError(
             f"the Triton kernel takes states of at most {MAX_WIDTH} numbers and rows of at most {MAX_DIM}, not {width} "
@@ -176,9 +178,7 @@ def pool_project(
     if texts:
         processors = torch.cuda.get_device_properties(on).multi_processor_count if on.type == "cuda" else 1
         share = texts_per_program(texts, processors)
-        launch(
-            states, cu_seqlens, projection.contiguous(), norm_weight, epsilon, pooling, dtype, share, rows, finite
-        )
+        launch(states, cu_seqlens, projection.contiguous(), norm_weight, epsilon, pooling, dtype, share, rows, finite)
     return rows.view(TORCH_DTYPES[dtype]), finite.view(torch.bool)
 
 
@@ -194,7 +194,10 @@ def launch(
     rows: Tensor,
     finite: Tensor,
 ) -> None:
-    """Write `rows` [N, r] (bf16 as uint16) and `finite` uint8 [N]; `share` texts a program. Waits for nothing: fit for CUDA graphs."""
+    """Write `rows` [N, r] (bf16 as uint16) and `finite` uint8 [N], with `share` texts a program.
+
+    Waits for nothing, so a CUDA graph can capture it.
+    """
     (tokens, width), dim, texts = states.shape, projection.shape[0], len(finite)
     pooled = torch.empty(texts, width, dtype=torch.float32, device=states.device)
     _kernel[(triton.cdiv(texts, share),)](

@@ -1,0 +1,106 @@
+"""The Triton kernels compile for a real GPU, which the interpreter does not tell."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+# A process of its own: the pytest process may have Triton imported for the interpreter.
+COMPILES = """
+    import re
+    import torch
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from flipkd.kernels.pair_score import gpu as pair_score
+    from flipkd.kernels.pool_project import gpu as pool_project
+
+    TORCH = {"*i8": torch.int8, "*bf16": torch.bfloat16, "*fp32": torch.float32}
+    POINTERS = dict.fromkeys(("score", "probability", "kept_score", "kept_probability"), "*fp32")
+    POINTERS |= dict.fromkeys(("counts", "bad_place", "ends", "kept_position"), "*i64")
+    POINTERS |= {"weight": "*fp32", "starts": "*i32", "matrix": "*fp32", "pooled": "*fp32", "finite": "*u8"}
+    SCALARS = dict.fromkeys(("left_rows", "right_rows", "pairs", "texts", "tokens", "width", "dim"), "i32")
+    SCALARS |= dict.fromkeys(("slope", "offset", "min_score", "epsilon"), "fp32")
+
+    def build(kernel, constants, warps=4, **pointers):
+        names = kernel.arg_names
+        pointers = {**POINTERS, **pointers}
+        signature = {name: {**pointers, **SCALARS}.get(name, "constexpr") for name in names}
+        values = {(names.index(name),): value for name, value in constants.items() if name in names}
+        aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in names if name in pointers}
+        source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=aligned)
+        options = {"num_warps": warps, "enable_fp_fusion": False}
+        built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        assert ".visible .entry" in built.asm["ptx"]
+        return built
+
+    def build_score(kernel, rows, dim, config, index="*i32"):
+        constants = pair_score.shape_constants(TORCH[rows], dim)
+        side = "*i32" if constants["WORDS"] else rows
+        values = {**constants, **config.kwargs, "DP4A": True, "CALIBRATE": True}
+        pointers = {"left": side, "right": side, "left_index": index, "right_index": index}
+        return build(kernel, values, config.num_warps, **pointers)
+
+    def row_layout(built):
+        # how the numbers of one row are spread over a thread, a warp and the warps where they are summed: the order
+        # of the sum
+        text = built.asm["ttgir"]
+        (name,) = set(re.findall(r"}\\) : \\(tensor<\\d+x\\d+xf32, (#\\w+)>\\)", text))
+        layout = re.search(
+            name + r" = .*sizePerThread = \\[1, (\\d+)\\], threadsPerWarp = \\[\\d+, (\\d+)\\], "
+            r"warpsPerCTA = \\[\\d+, (\\d+)\\]", text)
+        return layout.groups()
+"""
+
+SCORE = """
+    paths = (pair_score._score_kernel, pair_score._CONFIGS), (pair_score._runs_kernel, pair_score._RUN_CONFIGS)
+    for kernel, configs in paths:
+        built = build_score(kernel, "*i8", 128, configs[0])
+        assert "dp4a.s32.s32" in built.asm["ptx"]
+        assert "ld.global.v4.b32" in built.asm["ptx"]  # 16 bytes a thread
+        build_score(kernel, "*i8", 127, configs[0], "*i64")
+        build_score(kernel, "*fp32", 384, configs[0], "*i64")
+    build(pair_score._count_kernel, {"BLOCK": 1024})
+    build(pair_score._compact_kernel, {"BLOCK": 1024, "CALIBRATE": True})
+    layouts = {row_layout(build_score(kernel, "*bf16", 128, config)) for kernel, all in paths for config in all}
+    assert layouts == {("8", "16", "1")}, layouts
+    print("right")
+"""
+
+POOL = """
+    for states, out, kind, (width, dim) in (
+        ("*bf16", "*i8", 2, (576, 128)), ("*fp16", "*u16", 1, (100, 33)), ("*fp32", "*fp32", 0, (2048, 1024)),
+    ):
+        constants = {**pool_project.constants(width, dim), "NORM": True, "LAST": kind == 1, "KIND": kind, "TEXTS": 8}
+        warps = 16 if dim > 256 else 8
+        built = build(pool_project._kernel, constants, warps, states=states, rows=out, matrix=states)
+        assert built.metadata.shared <= 227 * 1024  # what a block of an H100 may have
+    print("right")
+"""
+
+
+def run(script: str, environment: dict[str, str]) -> None:
+    base = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON", "FLIPKD"))}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        env={**base, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "right"
+
+
+@pytest.mark.parametrize("script", [SCORE, POOL], ids=["pair_score", "pool_project"])
+def test_compiles_for_a_gpu(script: str, tmp_path: Path) -> None:
+    """The interpreter takes what the compiler refuses, so this is another test."""
+    run(COMPILES + script, {"TRITON_CACHE_DIR": str(tmp_path)})
