@@ -20,6 +20,7 @@ COMPILES = """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from flipkd.kernels.pair_score import gpu as pair_score
+    from flipkd.kernels.pair_score import gpu_kernels
     from flipkd.kernels.pool_project import gpu as pool_project
 
     TORCH = {"*i8": torch.int8, "*bf16": torch.bfloat16, "*fp32": torch.float32}
@@ -60,15 +61,15 @@ COMPILES = """
 """
 
 SCORE = """
-    paths = (pair_score._score_kernel, pair_score._CONFIGS), (pair_score._runs_kernel, pair_score._RUN_CONFIGS)
+    paths = (gpu_kernels.score_kernel, pair_score._CONFIGS), (gpu_kernels.runs_kernel, pair_score._RUN_CONFIGS)
     for kernel, configs in paths:
         built = build_score(kernel, "*i8", 128, configs[0])
         assert "dp4a.s32.s32" in built.asm["ptx"]
         assert "ld.global.v4.b32" in built.asm["ptx"]  # 16 bytes a thread
         build_score(kernel, "*i8", 127, configs[0], "*i64")
         build_score(kernel, "*fp32", 384, configs[0], "*i64")
-    build(pair_score._count_kernel, {"BLOCK": 1024})
-    build(pair_score._compact_kernel, {"BLOCK": 1024, "CALIBRATE": True})
+    build(gpu_kernels.count_kernel, {"BLOCK": 1024})
+    build(gpu_kernels.compact_kernel, {"BLOCK": 1024, "CALIBRATE": True})
     layouts = {row_layout(build_score(kernel, "*bf16", 128, config)) for kernel, all in paths for config in all}
     assert layouts == {("8", "16", "1")}, layouts
     print("right")
@@ -82,6 +83,53 @@ POOL = """
         warps = 16 if dim > 256 else 8
         built = build(pool_project._kernel, constants, warps, states=states, rows=out, matrix=states)
         assert built.metadata.shared <= 227 * 1024  # what a block of an H100 may have
+    print("right")
+"""
+
+
+LAUNCHES = """
+    import torch
+    from flipkd.kernels.pair_score import gpu as pair_score
+    from flipkd.kernels.pair_score import gpu_kernels
+    from flipkd.kernels.pool_project import gpu as pool_project
+
+    launches = []
+
+    def record(kernel):
+        def run(*arguments, grid, warmup, **options):
+            launches.append((kernel, dict(zip(kernel.arg_names, arguments)) | options))
+        kernel.run = run
+
+    tuned = pair_score._tuned_score_kernel, pair_score._tuned_runs_kernel
+    for kernel in (*(each.fn for each in tuned), gpu_kernels.count_kernel, pool_project._kernel):
+        record(kernel)
+    tried = []
+    for each in tuned:  # a stopwatch for a machine without a GPU: the second configuration is the fastest
+        each.__dict__["do_bench"] = lambda call, quantiles: (call(), tried.append(call), [len(tried) % 5 != 2] * 3)[2]
+    pair_score._TUNED_FROM = 1000
+    rows = torch.ones(10, 128, dtype=torch.int8)
+    runs, mixed = torch.arange(1000) // 100, torch.arange(1000) % 10
+    for index, size, timed, pairs, warps in (
+        (runs, 1000, 5, 16, 2), (runs, 1000, 0, 16, 2), (mixed, 1000, 5, 32, 4), (runs, 999, 0, 32, 4),
+        (mixed, 999, 0, 64, 4),
+    ):
+        launches.clear()
+        tried.clear()
+        pair_score.pair_score_tensors(rows, rows, index[:size], index[:size], calibration=(1.0, 0.0))
+        for kernel, arguments in launches:
+            assert set(kernel.arg_names) <= set(arguments), set(kernel.arg_names) - set(arguments)
+            beside = set(arguments) - set(kernel.arg_names)
+            assert beside <= {"num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion"}, beside
+            assert arguments["enable_fp_fusion"] is False
+            assert arguments["DP4A"] is True
+        assert len(tried) == timed
+        assert (arguments["BLOCK_PAIRS"], arguments["num_warps"]) == (pairs, warps)
+    states = torch.zeros(10, 24, dtype=torch.bfloat16)
+    starts = torch.tensor([0, 10], dtype=torch.int32)
+    pool_project.pool_project(states, starts, torch.zeros(5, 24), torch.ones(24), 1e-6, "mean", "int8")
+    kernel, arguments = launches[-1]
+    assert kernel is pool_project._kernel
+    assert set(kernel.arg_names) == set(arguments) - {"num_warps", "enable_fp_fusion"}
     print("right")
 """
 
@@ -104,3 +152,8 @@ def run(script: str, environment: dict[str, str]) -> None:
 def test_compiles_for_a_gpu(script: str, tmp_path: Path) -> None:
     """The interpreter takes what the compiler refuses, so this is another test."""
     run(COMPILES + script, {"TRITON_CACHE_DIR": str(tmp_path)})
+
+
+def test_launches_fit_the_kernels_and_tune_once() -> None:
+    """Without a GPU no launch can run, but its arguments can be compared with the kernel's."""
+    run(LAUNCHES, {})
