@@ -126,6 +126,15 @@ def test_an_index_outside_is_named_and_nothing_read_there(grouped: bool, side: i
         pair_score(rows, rows, *indices, backend="triton")
 
 
+def test_a_run_of_a_bad_index_ends_with_the_pairs() -> None:
+    """-2 is also what a place past the end reads as."""
+    rows, index = torch.ones(4, 8), torch.zeros(6, dtype=torch.int64)
+    raw = torch.full((70,), 7.0)
+    with pytest.raises(IndexError, match=r"left_index\[0\] is -2"):
+        gpu._score(rows, rows, index - 2, index, raw[:6], None, None, True)
+    assert (raw[6:] == 7).all()
+
+
 @pytest.mark.parametrize("grouped", [True, False])
 def test_every_score_is_written_and_none_beside_them(grouped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = make_rows(33, "bf16")
