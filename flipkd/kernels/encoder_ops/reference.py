@@ -7,9 +7,10 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, layer_norm, relu, rms_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import gelu, layer_norm, relu, rms_norm, silu
 
 from flipkd.kernels.encoder_ops.types import Heads, Norm, Operand, Product
+from flipkd.kernels.packed_attention import packed_attention
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": gelu,
@@ -65,22 +66,20 @@ def activate(product: Product, kind: str, gated: bool, dtype: torch.dtype) -> Op
 
 
 def attend(product: Product, lengths: Sequence[int], heads: Heads, dtype: torch.dtype) -> Operand:
-    """See ``flipkd.kernels.encoder_ops.attend``. Texts of one length that stand side by side go together."""
+    """See ``flipkd.kernels.encoder_ops.attend``."""
     values = numbers(product)
-    outputs = []
-    start = 0
-    for count, length in runs(lengths):
-        rows = values[start : start + count * length].view(count, length, -1, heads.width).transpose(1, 2)
-        start += count * length
-        query, key, value = torch.split(rows, [heads.heads, heads.key_heads, heads.key_heads], dim=1)
-        if heads.cosine is not None and heads.sine is not None:
-            query, key = (_rotated(part, heads.cosine[:length], heads.sine[:length]) for part in (query, key))
-        if heads.key_heads != heads.heads:
-            repeats = heads.heads // heads.key_heads
-            key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-        mixed = scaled_dot_product_attention(query, key, value, is_causal=heads.causal, scale=heads.scale)
-        outputs.append(mixed.transpose(1, 2).reshape(count * length, -1))
-    return operand(torch.cat(outputs) if outputs else values[:, : heads.heads * heads.width], dtype)
+    rows = values.view(len(values), -1, heads.width)
+    query, key, value = torch.split(rows, [heads.heads, heads.key_heads, heads.key_heads], dim=1)
+    counts = torch.tensor(lengths, dtype=torch.int64, device=values.device)
+    starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    if heads.cosine is not None and heads.sine is not None:
+        first = starts[:-1].repeat_interleave(counts, output_size=len(values))
+        positions = torch.arange(len(values), device=values.device) - first
+        cosine, sine = (table[positions][:, None] for table in (heads.cosine, heads.sine))
+        query, key = (_rotated(part, cosine, sine) for part in (query, key))
+    longest = max(lengths, default=0)
+    mixed = packed_attention(query, key, value, starts.int(), longest, heads.causal, heads.scale)
+    return operand(mixed.reshape(len(values), -1), dtype)
 
 
 def runs(lengths: Sequence[int]) -> list[tuple[int, int]]:
@@ -95,7 +94,7 @@ def runs(lengths: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def _rotated(rows: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """[texts, heads, tokens, width] turned by position, in float32 as transformers' tables are."""
+    """[T, heads, width] turned by position, in float32 as transformers' tables are."""
     first, second = rows.float().chunk(2, dim=-1)
     turned = torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
     return turned.to(rows.dtype)

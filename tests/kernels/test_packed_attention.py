@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flipkd.models import varlen
-from flipkd.models.varlen import packed_attention
+from flipkd.kernels import packed_attention as varlen
+from flipkd.kernels.packed_attention import packed_attention
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], causal: bool, scale: float | None) -> Tensor:
