@@ -5,9 +5,9 @@
 The texts are 10,000 records of mixed length made of the 12,924 real ICD-9 descriptions: a quarter each short titles,
 long titles, "short | long", and claims of two to six long titles joined by "; "; all distinct, in random order. The
 models are all-MiniLM-L6-v2, and (over the first 3,000) SmolLM2-135M cut at 8 of 30 blocks as ``export`` writes it, its
-LoRA untrained, which costs the same. Every peer is first tried on a sample at several batch sizes in float32 and bf16; the best of them then
-runs in turn with flipkd over all texts. Before any timing, flipkd's vectors are compared with those of
-sentence-transformers in float32: every cosine must be at least 0.99999 (float32), 0.999 (bf16) and 0.98 (int8).
+LoRA untrained, which costs the same. Every peer is first tried on a sample at several batch sizes in float32 and bf16;
+the best of them then runs in turn with flipkd over all texts. Before any timing, flipkd's vectors are compared with
+those of sentence-transformers in float32: every cosine must be at least 0.99999 (float32), 0.999 (bf16), 0.98 (int8).
 
 Ratios: ``vs_sentence_transformers`` (MiniLM; ``vs_sentence_transformers_smollm2``): texts per second, flipkd in bf16
 over sentence-transformers at its best dtype. ``int8_over_bf16...``: flipkd in int8 over flipkd in bf16.
