@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from flipkd.api import score_pairs as score_pairs
     from flipkd.config import EncodeConfig as EncodeConfig
     from flipkd.config import EncoderOptions as EncoderOptions
+    from flipkd.config import EvaluateConfig as EvaluateConfig
     from flipkd.config import RunOptions as RunOptions
     from flipkd.config import ScoreConfig as ScoreConfig
     from flipkd.config import TeachConfig as TeachConfig
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from flipkd.models.encoder import load_encoder as load_encoder
     from flipkd.models.export import export as export
     from flipkd.models.options import StudentOptions as StudentOptions
+    from flipkd.report.evaluate import evaluate as evaluate
     from flipkd.run.encode import encode as encode
     from flipkd.run.pipeline import score as score
     from flipkd.run.teach import teach as teach
@@ -33,6 +35,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "EncodeConfig": ("flipkd.config", "EncodeConfig"),
     "EncoderOptions": ("flipkd.config", "EncoderOptions"),
+    "EvaluateConfig": ("flipkd.config", "EvaluateConfig"),
     "LossOptions": ("flipkd.distill.config", "LossOptions"),
     "RunOptions": ("flipkd.config", "RunOptions"),
     "ScoreConfig": ("flipkd.config", "ScoreConfig"),
@@ -42,6 +45,7 @@ _HOMES = {
     "VectorRows": ("flipkd.vectors.rows", "VectorRows"),
     "VectorStore": ("flipkd.vectors.store", "VectorStore"),
     "encode": ("flipkd.run.encode", "encode"),
+    "evaluate": ("flipkd.report.evaluate", "evaluate"),
     "export": ("flipkd.models.export", "export"),
     "load_encoder": ("flipkd.models.encoder", "load_encoder"),
     "quantise": ("flipkd.vectors.rows", "quantise"),

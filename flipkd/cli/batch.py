@@ -56,7 +56,7 @@ def encode(as_json: bool, log_level: str, **options: Any) -> None:
 @click.option(
     "--columns", metavar="NAME,...", help="Columns to write. Default: all input columns and the score columns."
 )
-@click.option("--calibration", help="JSON file with slope and intercept of the match probability.")
+@click.option("--calibration", help="calibration.json of evaluate: add the column probability.")
 @click.option("--rows-per-unit", type=int, default=4_000_000, show_default=True, help="Pairs in one work unit.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @records_options

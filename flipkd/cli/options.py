@@ -36,7 +36,11 @@ def _load_config(ctx: click.Context, _: click.Parameter, path: str | None) -> st
         if name not in known or name == "config":
             names = ", ".join(sorted(str(name).replace("_", "-") for name in known))
             raise click.BadParameter(f"{path}: unknown option {key!r}; known are {names}")
-        defaults[name] = ",".join(map(str, value)) if isinstance(value, list) else value
+        repeats = getattr(known[name], "multiple", False)  # such an option takes the list itself
+        if repeats:
+            defaults[name] = value if isinstance(value, list) else [value]
+        else:
+            defaults[name] = ",".join(map(str, value)) if isinstance(value, list) else value
     ctx.default_map = {**(ctx.default_map or {}), **defaults}
     return path
 

@@ -53,12 +53,14 @@ class EncodePlan:
         plan: units over the record files.
         fingerprint: of the store: encoder, template, dtype and every input file.
         run_fingerprint: the same without the input files.
+        encoder_fingerprint: of the encoder alone.
     """
 
     config: EncodeConfig
     plan: Plan
     fingerprint: str
     run_fingerprint: str
+    encoder_fingerprint: str
 
 
 def encoder_fingerprint(options: EncoderOptions) -> str:
@@ -79,11 +81,12 @@ def plan_encode(config: EncodeConfig) -> EncodePlan:
     columns = [config.id_column, *template_fields(config.text_template)]
     shards = find_shards(records)
     skip = config.run.on_bad_shard == "skip"
+    encoder = encoder_fingerprint(config.encoder)
     run_fingerprint = fingerprint(
         {
             "kind": "encode",
             "format": 1,
-            "encoder": encoder_fingerprint(config.encoder),
+            "encoder": encoder,
             "template": config.text_template,
             "id_column": config.id_column,
             "dtype": config.dtype,
@@ -95,7 +98,7 @@ def plan_encode(config: EncodeConfig) -> EncodePlan:
     )
     check_schema(records, plan, columns)
     store = fingerprint({"run": run_fingerprint, "units": [unit.fingerprint for unit in plan.units]})
-    return EncodePlan(config, plan, store, run_fingerprint)
+    return EncodePlan(config, plan, store, run_fingerprint, encoder)
 
 
 def check_schema(location: Location, plan: Plan, columns: Sequence[str]) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from flipkd.config import EncodeConfig, ScoreConfig
+from flipkd.data.calibration import as_json, read_calibration
 from flipkd.data.commit import read_json
 from flipkd.data.location import Location, open_location
 from flipkd.data.shards import ShardReader, find_shards
@@ -27,6 +26,9 @@ from flipkd.run.manifest import WORK_FOLDER
 from flipkd.run.output import refuse_overlap
 from flipkd.run.score import ScoreTask, ScoreWorker, output_columns
 from flipkd.run.units import Plan, fingerprint, plan_units, work_name
+
+# Key of the manifest: fingerprint of the encoder whose scores these are.
+ENCODER_FACT = "encoder_fingerprint"
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ def plan_score(config: ScoreConfig) -> ScorePlan:
     inputs = [("--pairs", config.pairs), ("--records", config.records), ("--right-records", config.right_records)]
     inputs += [("--store", config.store), ("--right-store", config.right_store)]
     refuse_overlap(output, [(option, open_location(uri)) for option, uri in inputs if uri is not None])
-    calibration = None if config.calibration is None else read_calibration(config.calibration)
+    calibrated = None if config.calibration is None else read_calibration(config.calibration)
+    calibration = None if calibrated is None else calibrated.calibration
     shards = find_shards(pairs)
 
     encodes: list[EncodePlan] = []
@@ -66,15 +69,24 @@ def plan_score(config: ScoreConfig) -> ScorePlan:
     store, right_store = config.store, config.right_store
     if config.store is not None:
         source = {"stores": [store_fingerprint(path) for path in (store, right_store) if path is not None]}
+        header = read_json(open_location(config.store), STORE_FILE) or {}
+        encoder = header.get("encoder")  # None where a store does not tell
     elif config.records is not None:
         encodes = [plan_encode(_encode_config(config, path)) for path in _record_tables(config)]
         encodes = [replace(plan, config=replace(plan.config, output=_store_folder(config, plan))) for plan in encodes]
         source = {"stores": [plan.fingerprint for plan in encodes]}
+        encoder = encodes[0].encoder_fingerprint
         store = encodes[0].config.output
         right_store = encodes[1].config.output if len(encodes) > 1 else None
     else:
         assert config.encoder is not None
-        source = {"inline": encoder_fingerprint(config.encoder), "dtype": config.dtype}
+        encoder = encoder_fingerprint(config.encoder)
+        source = {"inline": encoder, "dtype": config.dtype}
+    if calibrated is not None and calibrated.encoder_fingerprint not in (None, encoder):
+        raise ConfigError(
+            f"--calibration {config.calibration} was fitted to the scores of another encoder (or of other encoder "
+            "options), whose scale may differ; run evaluate on scores of this one"
+        )
     run_fingerprint = fingerprint(
         {
             "kind": "score",
@@ -82,7 +94,8 @@ def plan_score(config: ScoreConfig) -> ScorePlan:
             "source": source,
             "pair_columns": config.pair_columns,
             "columns": config.columns,
-            "calibration": calibration,
+            # The numbers, not the file: a file that moved, or tells another story of the same curve, is the same run.
+            "calibration": None if calibration is None else as_json(calibration),
             "threshold": config.threshold,
             "min_score": config.min_score,
             "top_k": config.top_k,
@@ -119,7 +132,7 @@ def plan_score(config: ScoreConfig) -> ScorePlan:
         unit_name="pairs",
         uses_model=False,
         output_bytes=_output_bytes(config, plan),
-        about={"columns": list(config.columns) if config.columns else None},
+        about={"columns": list(config.columns) if config.columns else None, ENCODER_FACT: encoder},
     )
     return ScorePlan(config, encodes, task, job)
 
@@ -137,24 +150,6 @@ def store_fingerprint(path: str) -> str:
         hint = "it is not finished: run encode again" if unfinished else "make one with flipkd-batch encode"
         raise ConfigError(f"{path} holds no vector store; {hint}")
     return str(header["fingerprint"])
-
-
-def read_calibration(path: str) -> tuple[float, float]:
-    """Slope and intercept from a calibration file.
-
-    Raises:
-        ConfigError: the file cannot be read, or has no finite ``slope`` and ``intercept``.
-    """
-    try:
-        values = json.loads(Path(path).read_text())
-        slope, intercept = float(values["slope"]), float(values["intercept"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"--calibration {path}: expected a JSON object with numbers 'slope' and 'intercept'"
-        ) from error
-    if not (abs(slope) < float("inf") and abs(intercept) < float("inf")):
-        raise ConfigError(f"--calibration {path}: 'slope' and 'intercept' must be finite")
-    return slope, intercept
 
 
 def _record_tables(config: ScoreConfig) -> list[str]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from flipkd.config import SCORE_COLUMNS
+from flipkd.data.calibration import Calibration, kernel_arguments, probabilities
 from flipkd.data.location import Location
 from flipkd.data.pairs import PairRows, resolve_ids, resolve_texts
 from flipkd.data.shards import ShardReader
@@ -39,7 +40,7 @@ class ScoreTask:
         pair_columns: names of the left and right column of ids, or of inline texts.
         digest_key: for inline texts: the key under which the store's ids are the digests of texts.
         columns: output columns in order; None means all input columns, then the score columns.
-        calibration: (slope, intercept) of the probability, or None.
+        calibration: from a score to the probability, or None.
         threshold: for the column ``match``.
         min_score: only pairs with at least this score are written.
         top_k: only the K best pairs of each left record *within a batch* are written, with the columns that
@@ -54,7 +55,7 @@ class ScoreTask:
     pair_columns: tuple[str, str]
     digest_key: bytes | None
     columns: tuple[str, ...] | None
-    calibration: tuple[float, float] | None
+    calibration: Calibration | None
     threshold: float | None
     min_score: float | None
     top_k: int | None = None
@@ -124,10 +125,12 @@ class ScoreWorker:
             self._right.rows,
             pairs.left,
             pairs.right,
-            calibration=task.calibration,
+            calibration=kernel_arguments(task.calibration),
             min_score=task.min_score,
             threads=self._threads,
         )
+        if task.calibration is not None and scores.probability is None:  # a form that the kernel does not compute
+            scores = replace(scores, probability=probabilities(task.calibration, scores.score))
         if task.top_k is not None:
             return best_of_batch(table, pairs, scores, names, task.threshold, task.top_k)
         return assemble(table, pairs, scores, names, task.threshold)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -331,6 +332,46 @@ def test_threshold_calibration_and_min_score(world: World, make_pairs: MakePairs
     score(config(world, pairs, tmp_path / "some", min_score=0.25, **options))
     assert read_scores(tmp_path / "some").equals(every.filter(pa.array(scores >= 0.25)))
     assert 0 < read_scores(tmp_path / "some").num_rows < 120
+
+
+def test_a_calibration_of_knots_is_applied_after_the_kernel(
+    world: World, make_pairs: MakePairs, tmp_path: Path
+) -> None:
+    pairs = make_pairs()
+    pq.write_table(pair_table([(0, 1), (0, RECORDS + 5)], n=pa.array([0, 0], pa.int32())), pairs / "z.parquet")
+    path = tmp_path / "calibration.json"
+    path.write_text('{"scores": [0.1, 0.3, 0.6], "probabilities": [0.0, 0.5, 1.0]}')
+    options = {"calibration": str(path), "threshold": 0.4}
+    score(config(world, pairs, tmp_path / "all", **options))
+    every = read_scores(tmp_path / "all")
+    assert every.column("probability").null_count == every.column("match").null_count == 1  # the missing record
+    scored = every.filter(pc.is_valid(every.column("score")))
+    scores = scored.column("score").to_numpy()
+    expected = np.interp(scores, [0.1, 0.3, 0.6], [0, 0.5, 1])
+    np.testing.assert_array_equal(scored.column("probability").to_numpy(), expected.astype(np.float32))
+    assert scored.column("match").to_pylist() == (expected >= 0.4).tolist()
+    assert 0 < np.count_nonzero(expected >= 0.4) < 120
+    for extra in ({"min_score": 0.25}, {"top_k": 1}):
+        score(config(world, pairs, tmp_path / "some", **options, **extra, run=RunOptions(overwrite=True)))
+        some = read_scores(tmp_path / "some")
+        assert 0 < some.num_rows < 120
+        again = np.interp(some.column("score").to_numpy(), [0.1, 0.3, 0.6], [0, 0.5, 1]).astype(np.float32)
+        np.testing.assert_array_equal(some.column("probability").to_numpy(), again)
+    path.write_text('{"scores": [0.1, 0.3, 0.6], "probabilities": [0.0, 0.5, 0.9]}')
+    with pytest.raises(OutputError, match="another run"):
+        score(config(world, pairs, tmp_path / "all", **options))
+
+
+def test_a_calibration_of_another_encoder_is_refused(world: World, make_pairs: MakePairs, tmp_path: Path) -> None:
+    pairs, path = make_pairs(files=1), tmp_path / "calibration.json"
+    manifest = score(config(world, pairs, tmp_path / "plain"))
+    assert len(manifest["encoder_fingerprint"]) == 64
+    facts = {"slope": 8.0, "intercept": -4.0, "encoder_fingerprint": manifest["encoder_fingerprint"]}
+    path.write_text(json.dumps(facts))
+    score(config(world, pairs, tmp_path / "same", calibration=str(path)))
+    path.write_text(json.dumps({**facts, "encoder_fingerprint": "0" * 64}))
+    with pytest.raises(ConfigError, match="another encoder"):
+        score(config(world, pairs, tmp_path / "other", calibration=str(path)))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,222 @@
+"""A stratified sample of a huge run to label: drawn in two passes over the scores, read back with its weights.
+
+Strata are equal steps of the score between the lowest and the highest. Matches are rare and score high: in a plain
+sample most pairs would be obvious non-matches. Each stratum gives about as many pairs as any other (our choice), drawn at
+random, and each of them stands for (rows of the stratum) / (pairs drawn from it). Sums over the sample with these weights
+are unbiased estimates of sums over the run (Horvitz and Thompson); precision, recall and the like are ratios of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from flipkd.data.commit import ShardWriter
+from flipkd.data.labels import read_labels
+from flipkd.data.location import Location
+from flipkd.data.shards import Shard, ShardReader
+from flipkd.errors import ConfigError, InputError
+from flipkd.report.labels import read_table
+from flipkd.report.pairs import LabelledPairs, PairCounts, slice_values
+from flipkd.report.scan import RowCounts, column_names, scan
+
+STRATUM, STRATUM_ROWS, WEIGHT = "sample_stratum", "sample_stratum_rows", "sample_weight"
+SAMPLE_KEY = "flipkd.sample"
+_STRATA = 20
+# A stratum's spread cannot be told from one pair.
+_LEAST_PER_STRATUM = 2
+
+
+@dataclass(frozen=True, eq=False)
+class Strata:
+    """Equal steps of the score.
+
+    Args:
+        edges: [H - 1] inner edges, increasing; a score on an edge is above it.
+    """
+
+    edges: npt.NDArray[np.float32]
+
+    def of(self, score: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
+        """[N] stratum of each score, 0 the lowest."""
+        return np.searchsorted(self.edges, score, side="right").astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self.edges) + 1
+
+
+def equal_steps(smallest: float, largest: float, strata: int = _STRATA) -> Strata:
+    """Strata between two scores."""
+    return Strata(np.unique(np.linspace(smallest, largest, strata + 1)[1:-1].astype(np.float32)))
+
+
+class Reservoirs:
+    """The rows of least random priority of each stratum, over any number of batches: a uniform sample of each.
+
+    Args:
+        strata: the strata.
+        capacity: rows kept of each.
+        generator: of the priorities.
+    """
+
+    def __init__(self, strata: Strata, capacity: int, generator: np.random.Generator) -> None:
+        self._strata, self._capacity, self._generator = strata, capacity, generator
+        self.rows = np.zeros(len(strata), np.int64)
+        self._kept: list[pa.Table | None] = [None] * len(strata)
+        self._priority = [np.empty(0) for _ in range(len(strata))]
+
+    def add(self, table: pa.Table, score: npt.NDArray[np.float32]) -> None:
+        """Takes a batch of N rows; those without a score (NaN) are not sampled."""
+        stratum = np.where(np.isnan(score), -1, self._strata.of(score))
+        self.rows += np.bincount(stratum[stratum >= 0], minlength=len(self._strata))
+        priority = self._generator.random(len(score))
+        for number in np.unique(stratum[stratum >= 0]):
+            kept, priorities = self._kept[number], self._priority[number]
+            places = np.flatnonzero(stratum == number)
+            if len(priorities) == self._capacity:
+                places = places[priority[places] < priorities.max()]
+            if len(places) > self._capacity:
+                places = places[np.argpartition(priority[places], self._capacity)[: self._capacity]]
+            if not len(places):
+                continue
+            fresh = table.take(pa.array(np.sort(places)))
+            both = np.concatenate([priorities, priority[np.sort(places)]])
+            whole = fresh if kept is None else pa.concat_tables([kept, fresh])
+            if len(both) > self._capacity:
+                best = np.sort(np.argpartition(both, self._capacity)[: self._capacity])
+                whole, both = whole.take(pa.array(best)), both[best]
+            self._kept[number], self._priority[number] = whole, both
+
+    def draw(self, size: int) -> pa.Table:
+        """About ``size`` rows over all strata, with stratum, its rows, weight, and an empty label to fill in."""
+        shares = allocate(self.rows, size)
+        parts = []
+        for number, (share, kept) in enumerate(zip(shares.tolist(), self._kept, strict=True)):
+            if kept is None or not share:
+                continue
+            best = np.sort(np.argsort(self._priority[number], kind="stable")[:share])
+            part = kept.take(pa.array(best))
+            rows = int(self.rows[number])
+            for name, value in ((STRATUM, number), (STRATUM_ROWS, rows)):
+                part = part.append_column(name, pa.array(np.full(len(best), value, np.int64)))
+            parts.append(part.append_column(WEIGHT, pa.array(np.full(len(best), rows / len(best)))))
+        return pa.concat_tables(parts)
+
+
+def allocate(rows: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.int64]:
+    """[H] pairs to draw of each stratum: equal, at least two, and never more than it has; what is left goes to others."""
+    shares = np.minimum(rows, _LEAST_PER_STRATUM)
+    while (left := size - int(shares.sum())) > 0 and (room := np.flatnonzero(shares < rows)).size:
+        step = max(left // len(room), 1)
+        for place in room[:left] if step == 1 else room:
+            shares[place] = min(rows[place], shares[place] + step)
+    return shares
+
+
+def draw_sample(
+    scores: Location,
+    shards: Sequence[Shard],
+    score_column: str,
+    label_column: str,
+    size: int,
+    seed: int,
+    advance: Callable[[int], object],
+) -> tuple[pa.Table, RowCounts]:
+    """Draws a sample of the pairs with a score.
+
+    Raises:
+        ConfigError: the scores have columns of the names that the sample adds.
+        InputError: no row has a score, or a shard cannot be read.
+    """
+    names = column_names(scores, shards)
+    clash = [name for name in (label_column, STRATUM, STRATUM_ROWS, WEIGHT) if name in names]
+    if clash:
+        raise ConfigError(
+            f"the scores have a column {clash[0]!r} already; name another with --label-column"
+            if clash[0] == label_column
+            else f"the scores have a column {clash[0]!r}, which the sample adds; rename it"
+        )
+    counts = RowCounts()
+    for _ in scan(scores, shards, score_column, [], counts, advance):
+        pass
+    if not counts.scores.total:
+        raise InputError(f"{scores.uri} has no row with a score to sample")
+    strata = equal_steps(counts.scores.smallest, counts.scores.largest)
+    reservoirs = Reservoirs(strata, size, np.random.default_rng(seed))
+    for batch in scan(scores, shards, score_column, names, RowCounts(), advance):
+        reservoirs.add(batch.table.select(names), batch.score)
+    table = reservoirs.draw(size)
+    return table.append_column(label_column, pa.nulls(table.num_rows, pa.int8())), counts
+
+
+def write_sample(table: pa.Table, target: Location, facts: dict[str, str | int]) -> None:
+    """Publishes the sample as one file."""
+    folder, _, name = target.path.rpartition("/")
+    root = Location(folder or "/", folder or "/", target.filesystem)
+    with ShardWriter(root, name, table.schema, {SAMPLE_KEY: json.dumps(facts, sort_keys=True)}, {}) as writer:
+        writer.write(table)
+        writer.commit()
+
+
+def is_sample(location: Location, shards: Sequence[Shard]) -> bool:
+    """Whether a table of labels is a sample drawn here: it has the strata with it."""
+    return {STRATUM, STRATUM_ROWS} <= set(column_names(location, shards))
+
+
+def sample_facts(location: Location, shard: Shard) -> dict[str, str | int]:
+    """What the footer says of where the sample is from; empty where another program has written the file anew."""
+    with ShardReader(location, shard) as reader:
+        found: dict[str, str | int] = json.loads(reader.metadata.get(SAMPLE_KEY, "{}"))
+    return found
+
+
+def read_sample(
+    location: Location, shards: Sequence[Shard], score_column: str, label_column: str, slices: Sequence[str]
+) -> tuple[LabelledPairs, PairCounts]:
+    """Reads a sample whose labels are filled in; scores are its own.
+
+    A pair stands for (rows of its stratum) / (labelled pairs of it): where some stayed unlabelled, the others of the
+    stratum stand for them too. A stratum without any label is not represented.
+
+    Raises:
+        ConfigError: a column is missing, or of a type that cannot be used.
+        InputError: a label is neither 0 nor 1, or a stratum or score is null.
+    """
+    table = read_table(
+        location, shards, list(dict.fromkeys([score_column, label_column, STRATUM, STRATUM_ROWS, *slices]))
+    )
+    labels = read_labels(table.column(label_column), label_column, location.uri, allows_null=True)
+    labelled = np.flatnonzero(np.asarray(labels.is_valid()))
+    try:
+        stratum, rows = (np.asarray(table.column(name).cast(pa.int64())) for name in (STRATUM, STRATUM_ROWS))
+        score = np.asarray(table.column(score_column).cast(pa.float32(), safe=False)).astype(np.float32)
+    except pa.ArrowException as error:
+        raise ConfigError(f"{location.uri}: {STRATUM}, {STRATUM_ROWS} and {score_column} must be numbers") from error
+    nulls = [name for name in (STRATUM, STRATUM_ROWS, score_column) if table.column(name).null_count]
+    if nulls:
+        raise InputError(
+            f"{location.uri}: column {nulls[0]!r} is null in some row; keep what the sample was drawn with"
+        )
+    strata, first, drawn = np.unique(stratum, return_index=True, return_counts=True)
+    place = np.searchsorted(strata, stratum[labelled])
+    answered = np.bincount(place, minlength=len(strata))
+    weight = rows[first][place] / answered[place]
+    counts = PairCounts()
+    counts.sample = {
+        "pairs": int(drawn.sum()),
+        "labelled": len(labelled),
+        "strata": len(strata),
+        "strata_without_labels": int(np.count_nonzero(answered == 0)),
+        "rows_represented": int(rows[first][answered > 0].sum()),
+    }
+    values = {name: slice_values(table.column(name).take(pa.array(labelled))) for name in slices}
+    label = np.asarray(labels.fill_null(0)) > 0.5
+    pairs = LabelledPairs(
+        score[labelled], label[labelled], weight, stratum[labelled], labelled.astype(np.int64), values
+    )
+    return pairs, counts
