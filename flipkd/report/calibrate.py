@@ -1,8 +1,8 @@
 """Fit a calibration to labelled scores, and choose its form on held-out pairs.
 
-Platt (a sigmoid of the score) needs few pairs; isotonic regression (any curve that never falls) bends to more shapes and
-needs more. Both are fitted in turn without each of five parts of the pairs; the form whose probabilities of the left-out
-parts have the lower log loss is fitted to all pairs. Targets are smoothed as Platt did, (P + 1) / (P + 2) and
+Platt (a sigmoid of the score) needs few pairs; isotonic regression (any curve that never falls) bends to more shapes
+and needs more. Both are fitted in turn without each of five parts of the pairs; the form whose probabilities of the
+left-out parts have the lower log loss is fitted to all pairs. Targets are smoothed as Platt did, (P + 1) / (P + 2) and
 1 / (N + 2) in place of 1 and 0, and isotonic's values are kept between the same two: no probability is 0 or 1 because
 few pairs were seen. Number of parts, the choice by log loss and the bounds for isotonic are ours.
 """
@@ -10,7 +10,6 @@ few pairs were seen. Number of parts, the choice by log loss and the bounds for 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt

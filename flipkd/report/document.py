@@ -63,9 +63,9 @@ def _cards(facts: Mapping[str, Any]) -> str:
 
 def _reading(facts: Mapping[str, Any]) -> str:
     return (
-        f"Ranges are 95 % intervals of {facts['bootstrap_resamples']} bootstrap resamples; they take pairs as independent. "
-        "Best F1 is the best over all thresholds on these pairs: a threshold set elsewhere does a little worse. Pairs "
-        "without a score are in none of these figures; they are counted below."
+        f"Ranges are 95 % intervals of {facts['bootstrap_resamples']} bootstrap resamples; they take pairs as "
+        "independent. Best F1 is the best over all thresholds on these pairs: a threshold set elsewhere does a little "
+        "worse. Pairs without a score are in none of these figures; they are counted below."
     )
 
 
@@ -73,15 +73,15 @@ def _thresholds(facts: Mapping[str, Any]) -> list[str]:
     found = []
     for scale, thresholds in facts["thresholds"].items():
         on = "score" if scale == "score" else "probability (score --calibration)"
-        rows = [_threshold_row(name, row) for name, row in _named_thresholds(thresholds)]
-        rows += [_threshold_row("", row) for row in thresholds["table"]]
-        header = ["threshold", "precision", "at least", "recall", "F1", "pairs of the run", ""]
-        found += [html.heading(f"Thresholds on the {on}"), html.table(header, rows, text_columns=(6,))]
+        header = ["for", "threshold", "precision", "at least", "recall", "F1"]
+        header += ["pairs of the run"] if scale == "score" else []
+        rows = [_threshold_row(name, row)[: len(header)] for name, row in _named_thresholds(thresholds)]
+        found += [html.heading(f"Thresholds on the {on}"), html.table(header, rows, text_columns=(0,))]
     found.append(
         html.paragraph(
-            "A pair matches from the threshold on (--threshold). “At least” is the lower bound of the precision, true in 95 "
-            "of 100 cases. A threshold that was chosen on these pairs looks slightly better than it is; “cautious” asks the "
-            "lower bound, not the estimate, for the wanted precision.",
+            "A pair matches from the threshold on (--threshold). “At least” is the lower bound of the precision, true "
+            "in 95 of 100 cases. A threshold that was chosen on these pairs looks slightly better than it is; "
+            "“cautious” asks the lower bound, not the estimate, for the wanted precision.",
             "soft",
         )
     )
@@ -96,21 +96,22 @@ def _named_thresholds(thresholds: Mapping[str, Any]) -> list[tuple[str, Mapping[
         named += [(f"precision {wanted['wanted']:g}, cautious", wanted["cautious"])]
     cost = thresholds.get("cost_ratio")
     if cost is not None:
-        named.append((f"least cost at {cost['ratio']:g} : 1", cost))
+        named.append((f"least cost, {cost['ratio']:g} to 1", cost))
+    named += [(f"recall {row['for_recall']:g}", row) for row in thresholds["table"]]
     return [(name, row or {}) for name, row in named]
 
 
 def _threshold_row(name: str, row: Mapping[str, Any]) -> list[Any]:
     if row.get("threshold") is None:
-        return ["–", "–", "–", "–", "–", "–", f"{name}: none does"]
+        return [name, "none does", "–", "–", "–", "–", "–"]
     return [
+        name,
         number(row["threshold"], 4),
         ranged(row, "precision_low", "precision_high", "precision"),
         number(row["precision_lower_bound"]),
         ranged(row, "recall_low", "recall_high", "recall"),
         number(row["f1"]),
         count(row["pairs_in_run"]) if "pairs_in_run" in row else "–",
-        name,
     ]
 
 
@@ -131,15 +132,15 @@ def _calibration(facts: Mapping[str, Any]) -> list[str]:
         title = name.replace("_", " ") + (" (chosen)" if name == calibration["method"] else "")
         rows.append([title, number(quality["log_loss"], 4), number(quality["brier"], 4)])
     text = (
-        "From score to probability: calibration.json, for score --calibration. Each form was fitted to four fifths of the "
-        "pairs and judged on the rest, in turn; the lower log loss was chosen. The probability is that of pairs labelled "
-        "like these: "
+        "From score to probability: calibration.json, for score --calibration. Each form was fitted without each fifth "
+        "of the pairs in turn and judged on that fifth; the lower log loss was chosen. The probability is that of "
+        "pairs labelled like these: "
     )
     text += (
         "this sample stands for the run."
         if facts["labels_from"] == "sample"
-        else "if matches are more frequent among the labelled pairs than in the run, it is too high there (label a sample "
-        "of the run: evaluate --sample)."
+        else "if matches are more frequent among the labelled pairs than in the run, it is too high there (label a "
+        "sample of the run: evaluate --sample)."
     )
     header = ["form", "log loss", "Brier score"]
     return [html.heading("Calibration"), html.paragraph(text), html.table(header, rows)]

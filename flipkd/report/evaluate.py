@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +12,19 @@ import numpy as np
 
 from flipkd.config import EvaluateConfig
 from flipkd.data.calibration import as_json, probabilities
-from flipkd.data.commit import make_private_folder, read_json, writing
+from flipkd.data.commit import TEMPORARY_SUFFIX, make_private_folder, read_json, writing
 from flipkd.data.folders import is_whole, publish_folder
 from flipkd.data.location import Location, open_location
 from flipkd.data.shards import Shard, find_shards
-from flipkd.errors import ConfigError, InputError, OutputError
+from flipkd.errors import ConfigError, OutputError
 from flipkd.report.calibrate import Fitted, calibration_error, fit_calibration, reliability
 from flipkd.report.document import document
 from flipkd.report.examples import read_examples, worst_errors
-from flipkd.report.labels import read_label_table
 from flipkd.report.metrics import measured
-from flipkd.report.pairs import LabelledPairs, PairCounts, from_label_column, from_label_table
-from flipkd.report.sample import draw_sample, is_sample, read_sample, sample_facts, write_sample
-from flipkd.report.scan import RowCounts, column_names, count_rows, scan, scores_identity
+from flipkd.report.pairs import LabelledPairs
+from flipkd.report.read import LabelledRun, read_labelled
+from flipkd.report.sample import draw_sample, write_sample
+from flipkd.report.scan import RowCounts, count_rows, scores_identity
 from flipkd.report.slices import slice_rows
 from flipkd.report.thresholds import ThresholdChoice, add_run_counts
 from flipkd.run.manifest import MANIFEST, versions
@@ -35,17 +34,6 @@ from flipkd.run.units import fingerprint
 
 METRICS_FILE, CALIBRATION_FILE, REPORT_FILE = "metrics.json", "calibration.json", "report.html"
 _FEW_PAIRS = 100
-
-
-@dataclass(frozen=True, eq=False)
-class _Read:
-    """What was read: labelled pairs, counts, and where their row numbers count."""
-
-    pairs: LabelledPairs
-    rows: RowCounts
-    counts: PairCounts
-    kind: str
-    rows_of: tuple[Location, list[Shard]]
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -71,7 +59,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     done = _finished(target, run, config.overwrite)
     if done is not None:
         return done
-    read = _read(config, scores, shards)
+    read = read_labelled(config, scores, shards)
     manifest = read_json(scores, MANIFEST) or {}
     facts, calibration, fitted = _facts(config, read, manifest)
     facts["fingerprint"] = run
@@ -84,15 +72,16 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             (folder / CALIBRATION_FILE).write_text(json.dumps(calibration, indent=1, allow_nan=False) + "\n")
 
     make_private_folder(str(target.parent))
-    remove_unpublished_of(target)
+    _remove_unpublished(target)
     publish_folder(target, write)
     return facts
 
 
-def remove_unpublished_of(target: Path) -> None:
+def _remove_unpublished(target: Path) -> None:
     """Deletes what a killed evaluation of the same target left beside it."""
-    for path in target.parent.glob(f".{target.name}.*.tmp"):
-        shutil.rmtree(path, ignore_errors=True)
+    for path in target.parent.iterdir():
+        if path.name.startswith(f".{target.name}.") and path.name.endswith(TEMPORARY_SUFFIX):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _fingerprint(config: EvaluateConfig, scores: Location, shards: list[Shard]) -> str:
@@ -126,50 +115,11 @@ def _finished(target: Path, run: str, overwrite: bool) -> dict[str, Any] | None:
     return None
 
 
-def _read(config: EvaluateConfig, scores: Location, shards: list[Shard]) -> _Read:
-    with progress_bar("evaluate", count_rows(scores, shards), "pairs", config.progress) as bar:
-        if config.labels is None:
-            names = column_names(scores, shards)
-            if config.label_column not in names:
-                raise ConfigError(
-                    f"{scores.uri} has no label column {config.label_column!r}; it has {', '.join(names)}. Name another "
-                    "with --label-column, or a table of labels with --labels; none yet: --sample draws pairs to label"
-                )
-            found = from_label_column(
-                scores,
-                shards,
-                config.score_column,
-                config.label_column,
-                config.weight_column,
-                config.slices,
-                bar.update,
-            )
-            return _Read(*found, "scores", (scores, shards))
-        location = open_location(config.labels)
-        label_shards = find_shards(location)
-        if is_sample(location, label_shards):
-            if config.weight_column is not None:
-                raise ConfigError("--weight-column: a sample holds its own weights")
-            drawn_from = sample_facts(location, label_shards[0]).get("scores")
-            if drawn_from not in (None, scores_identity(scores, shards)):
-                raise ConfigError(f"--labels {location.uri} was drawn from other scores than {scores.uri}; name those")
-            rows = RowCounts()
-            for _ in scan(scores, shards, config.score_column, [], rows, bar.update):
-                pass
-            pairs, counts = read_sample(location, label_shards, config.score_column, config.label_column, config.slices)
-            return _Read(pairs, rows, counts, "sample", (location, label_shards))
-        table = read_label_table(location, label_shards, config.key, config.label_column, config.weight_column)
-        found = from_label_table(scores, shards, config.score_column, table, config.slices, bar.update)
-        return _Read(*found, "table", (scores, shards))
-
-
 def _facts(
-    config: EvaluateConfig, read: _Read, manifest: Mapping[str, Any]
+    config: EvaluateConfig, read: LabelledRun, manifest: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any] | None, Fitted | None]:
     """What ``metrics.json`` and ``calibration.json`` hold."""
     pairs, rows, counts = read.pairs, read.rows, read.counts
-    if not len(pairs):
-        raise InputError(_no_labels(config, read))
     generator = np.random.default_rng(config.seed)
     matches = int(np.count_nonzero(pairs.label))
     match_weight = float(pairs.weight[pairs.label].sum())
@@ -213,19 +163,6 @@ def _facts(
         facts["slices"][column] = slice_rows(pairs, column, threshold, config.bootstrap, generator)
     facts["warnings"] = _warnings(facts, manifest, fitted)
     return facts, calibration, fitted
-
-
-def _no_labels(config: EvaluateConfig, read: _Read) -> str:
-    where = config.scores if config.labels is None else config.labels
-    if read.kind == "table" and read.counts.unmatched:
-        return (
-            f"none of the {read.counts.unmatched} labelled pairs of {where} stands in {config.scores}; the ids in "
-            f"{', '.join(config.key)} must be those of the scores, on the same side"
-        )
-    unscored = sum(pairs for pairs, _ in read.counts.unscored.values())
-    if unscored:
-        return f"{where}: none of the {unscored} labelled pairs has a score"
-    return f"{where}: every label in column {config.label_column!r} is null; fill some in"
 
 
 def _thresholds(config: EvaluateConfig, choice: ThresholdChoice, rows: RowCounts | None) -> dict[str, Any]:
@@ -302,7 +239,7 @@ def _pictures(facts: Mapping[str, Any], pairs: LabelledPairs, fitted: Fitted | N
     return found
 
 
-def _examples(config: EvaluateConfig, read: _Read) -> dict[str, Any] | None:
+def _examples(config: EvaluateConfig, read: LabelledRun) -> dict[str, Any] | None:
     if not config.show_examples:
         return None
     return read_examples(*read.rows_of, config.score_column, worst_errors(read.pairs, config.show_examples))

@@ -29,8 +29,9 @@ figcaption { color: var(--soft); font-size: .9rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; min-width: 100%; }
 th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--grid); white-space: nowrap; }
 th { font-weight: 600; vertical-align: bottom; } th:first-child, td:first-child { text-align: left; padding-left: 0; }
-td.text { white-space: normal; text-align: left; min-width: 9rem; }
+td.text { white-space: normal; text-align: left; min-width: 6rem; }
 .range { color: var(--soft); font-size: .85em; }
+@media (max-width: 44rem) { .range { display: block; } th, td { padding: .3rem .4rem; } }
 .warning { border-left: .25rem solid var(--other); padding: .1rem 0 .1rem .8rem; margin: .6rem 0; }
 code { font-family: ui-monospace, monospace; font-size: .9em; }
 @media print { :root { color-scheme: light; --text: #000000; --soft: #444444; --page: #ffffff; --card: #f2f2f2;

@@ -139,7 +139,7 @@ def read_table(location: Location, shards: Sequence[Shard], columns: Sequence[st
         ConfigError: a column is missing.
         InputError: a file cannot be read, or its types do not fit the first one's.
     """
-    tables = []
+    tables: list[pa.Table] = []
     for shard in shards:
         with ShardReader(location, shard) as reader:
             groups = reader.row_group_rows

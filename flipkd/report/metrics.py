@@ -48,13 +48,15 @@ class Curve:
     @property
     def recall(self) -> Floats:
         """[T]; 0 where there is no match at all."""
-        return self.true_positives / max(self.true_positives[-1], np.finfo(float).tiny)
+        recall: Floats = self.true_positives / max(self.true_positives[-1], np.finfo(float).tiny)
+        return recall
 
     @property
     def f1(self) -> Floats:
         """[T]."""
         total = self.true_positives + self.false_positives + self.true_positives[-1]
-        return 2 * self.true_positives / np.maximum(total, np.finfo(float).tiny)
+        f1: Floats = 2 * self.true_positives / np.maximum(total, np.finfo(float).tiny)
+        return f1
 
 
 class Ranked:

@@ -53,8 +53,14 @@ class LabelledPairs:
         """The pairs of these places, or where a mask is true."""
         indices = np.flatnonzero(places) if places.dtype == np.bool_ else places
         slices = {name: values.take(pa.array(indices)) for name, values in self.slices.items()}
-        parts = (self.score, self.label, self.weight, self.stratum, self.row)
-        return LabelledPairs(*(part[indices] for part in parts), slices)
+        return LabelledPairs(
+            self.score[indices],
+            self.label[indices],
+            self.weight[indices],
+            self.stratum[indices],
+            self.row[indices],
+            slices,
+        )
 
 
 @dataclass

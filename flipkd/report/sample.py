@@ -1,9 +1,9 @@
 """A stratified sample of a huge run to label: drawn in two passes over the scores, read back with its weights.
 
 Strata are equal steps of the score between the lowest and the highest. Matches are rare and score high: in a plain
-sample most pairs would be obvious non-matches. Each stratum gives about as many pairs as any other (our choice), drawn at
-random, and each of them stands for (rows of the stratum) / (pairs drawn from it). Sums over the sample with these weights
-are unbiased estimates of sums over the run (Horvitz and Thompson); precision, recall and the like are ratios of them.
+sample most pairs would be obvious non-matches. Each stratum gives about as many pairs as any other (our choice), drawn
+at random, and each of them stands for (rows of the stratum) / (pairs drawn from it). Sums over the sample with these
+weights are unbiased estimates of sums over the run (Horvitz and Thompson); precision and recall are ratios of them.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class Reservoirs:
 
 
 def allocate(rows: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.int64]:
-    """[H] pairs to draw of each stratum: equal, at least two, and never more than it has; what is left goes to others."""
+    """[H] pairs to draw of each stratum: equal, at least two, at most what it has; what is left goes to others."""
     shares = np.minimum(rows, _LEAST_PER_STRATUM)
     while (left := size - int(shares.sum())) > 0 and (room := np.flatnonzero(shares < rows)).size:
         step = max(left // len(room), 1)

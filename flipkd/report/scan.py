@@ -53,7 +53,7 @@ class ScoreCounts:
 
 
 def _cell(scores: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
-    """[N] cells, in the order of the scores: negative floats have their bits turned, so that bits compare like floats."""
+    """[N] cells, in the order of the scores: bits of negative floats are turned, so that bits compare like floats."""
     bits = (scores + np.float32(0)).view(np.uint32)  # -0.0 becomes 0.0
     ordered = np.where(bits & _SIGN, ~bits, bits | _SIGN)
     return (ordered >> np.uint32(_CELL_SHIFT)).astype(np.int64)

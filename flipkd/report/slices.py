@@ -11,8 +11,8 @@ import pyarrow.compute as pc
 from flipkd.report.metrics import Ranked, measured
 from flipkd.report.pairs import LabelledPairs
 
-# Values with fewer labelled pairs are shown together: their figures would say nothing, and a value that stands on one or
-# two rows may tell who they are. Our choice, as are the other numbers.
+# Values with fewer labelled pairs are shown together: their figures would say nothing, and a value that stands on one
+# or two rows may tell who they are. Our choice, as are the other numbers.
 LEAST_PAIRS = 10
 MOST_SLICES = 30
 _RESAMPLES = 200
@@ -33,8 +33,8 @@ def slice_rows(
 
     Returns:
         Rows of ``value`` (None for null), ``values`` (how many are shown together, where several are), ``pairs``,
-        ``matches``, ``weight``, ``precision``, ``recall``, and ``metrics``; the last is None, and ``note`` says why, where
-        the slice holds one class only.
+        ``matches``, ``weight``, ``precision``, ``recall``, and ``metrics``; the last is None, and ``note`` says why,
+        where the slice holds one class only.
     """
     values = pairs.slices[column]
     found = sorted(pc.value_counts(values).to_pylist(), key=lambda entry: (-entry["counts"], str(entry["values"])))
@@ -42,9 +42,8 @@ def slice_rows(
     shown = shown[:MOST_SLICES]
     rows, rest = [], np.ones(len(pairs), np.bool_)
     for value in shown:
-        inside = np.asarray(
-            values.is_null() if value is None else pc.fill_null(pc.equal(values, pa.scalar(value)), False)
-        )
+        same = values.is_null() if value is None else pc.fill_null(pc.equal(values, pa.scalar(value)), False)
+        inside = np.asarray(same)
         rest &= ~inside
         rows.append({"value": value, **_row(pairs.take(inside), threshold, resamples, generator)})
     if rest.any():

@@ -70,9 +70,11 @@ class ThresholdChoice:
         return self.row(int(np.argmax(self.curve.f1)))
 
     def table(self) -> list[dict[str, Any]]:
-        """Rows for a range of recalls, strictest first."""
+        """The strictest threshold for each of a range of recalls; ``for_recall`` says which."""
         places = np.searchsorted(self.curve.recall, np.array(_TABLE_RECALLS) - 1e-12)
-        return [self.row(int(place)) for place in np.unique(np.minimum(places, len(self.curve.recall) - 1))]
+        places = np.minimum(places, len(self.curve.recall) - 1)
+        rows = zip(_TABLE_RECALLS, places.tolist(), strict=True)
+        return [{"for_recall": recall, **self.row(place)} for recall, place in rows]
 
     def row(self, place: int) -> dict[str, Any]:
         """One threshold: halfway to the next lower value, so that rounding turns no pair over."""
