@@ -23,7 +23,7 @@ from flipkd.report.examples import read_examples, worst_errors
 from flipkd.report.metrics import measured
 from flipkd.report.pairs import LabelledPairs
 from flipkd.report.read import LabelledRun, read_labelled
-from flipkd.report.sample import draw_sample, write_sample
+from flipkd.report.sample import draw_sample, random_numbers, write_sample
 from flipkd.report.scan import RowCounts, count_rows, scores_identity
 from flipkd.report.slices import slice_rows
 from flipkd.report.thresholds import ThresholdChoice, add_run_counts
@@ -120,7 +120,7 @@ def _facts(
 ) -> tuple[dict[str, Any], dict[str, Any] | None, Fitted | None]:
     """What ``metrics.json`` and ``calibration.json`` hold."""
     pairs, rows, counts = read.pairs, read.rows, read.counts
-    generator = np.random.default_rng(config.seed)
+    generator = random_numbers(config.seed)
     matches = int(np.count_nonzero(pairs.label))
     match_weight = float(pairs.weight[pairs.label].sum())
     all_matches = match_weight + counts.unscored_match_weight
@@ -216,6 +216,12 @@ def _warnings(facts: Mapping[str, Any], manifest: Mapping[str, Any], fitted: Fit
         )
     if facts["labels"]["labels"] is not None and facts["labels"]["labels"]["conflicts"]:
         found.append(f"{facts['labels']['labels']['conflicts']} labels contradict one another and were left out.")
+    if sample is not None and sample["unseen_matches_limit"] > 0.02 * labelled["match_weight"]:
+        found.append(
+            f"Where no labelled pair is a match, there can still be {sample['unseen_matches_limit']} matches in the run "
+            f"(95 % bound; {labelled['match_weight']:.0f} are estimated in all): recall and ROC AUC may be lower than "
+            "shown. More labels in the low strata tell."
+        )
     if sample is not None and sample["rows_represented"] < facts["rows"]["scored"]:
         share = sample["rows_represented"] / facts["rows"]["scored"]
         found.append(f"Strata without any label are left out: the sample stands for {share:.1%} of the scored rows.")

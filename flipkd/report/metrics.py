@@ -1,8 +1,9 @@
 """Metrics of weighted, labelled scores, with bootstrap confidence intervals.
 
 A pair is taken for a match when its score is at least the threshold; pairs of one score are taken together. ROC AUC and
-average precision are scikit-learn's (the tests compare). The bootstrap draws pairs with replacement inside each stratum
-and takes percentiles; since the order of the scores stays, a resample is new weights and two running sums.
+average precision are scikit-learn's (the tests compare). The bootstrap draws pairs with replacement inside each stratum,
+one fewer than the stratum has and weighted up to make up for it (Rao and Wu: small strata would seem too certain), and
+takes percentiles. Since the order of the scores stays, a resample is new weights and two running sums.
 Pairs count as independent of one another: many pairs of one record make the intervals too narrow.
 """
 
@@ -144,7 +145,9 @@ def bootstrap(
     for _ in range(resamples):
         times = np.zeros(len(pairs))
         for rows in members:
-            times[rows] = np.bincount(generator.integers(0, len(rows), len(rows)), minlength=len(rows))
+            draws = max(len(rows) - 1, 1)
+            drawn = np.bincount(generator.integers(0, len(rows), draws), minlength=len(rows))
+            times[rows] = drawn * (len(rows) / draws)
         curve = ranked.curve(pairs.weight * times)
         if curve.true_positives[-1] <= 0 or curve.false_positives[-1] <= 0:
             continue

@@ -4,6 +4,11 @@ Strata are equal steps of the score between the lowest and the highest. Matches 
 sample most pairs would be obvious non-matches. Each stratum gives about as many pairs as any other (our choice), drawn
 at random, and each of them stands for (rows of the stratum) / (pairs drawn from it). Sums over the sample with these
 weights are unbiased estimates of sums over the run (Horvitz and Thompson); precision and recall are ratios of them.
+
+What no labelled pair shows, no interval knows: a few matches among very many low scores are most often missed, and then
+recall and ROC AUC look too good (``unseen_matches_limit`` says how many there can be). Over 100 samples of 400 from
+20,000 made-up pairs with 2 % matches, the 95 % interval held the truth 95 times for recall at precision 0.95, 89 times
+for precision at recall 0.5, 79 times for average precision, and 51 times for ROC AUC.
 """
 
 from __future__ import annotations
@@ -53,6 +58,12 @@ class Strata:
 def equal_steps(smallest: float, largest: float, strata: int = _STRATA) -> Strata:
     """Strata between two scores."""
     return Strata(np.unique(np.linspace(smallest, largest, strata + 1)[1:-1].astype(np.float32)))
+
+
+def random_numbers(seed: int) -> np.random.Generator:
+    """Random numbers of our own: made-up data that was drawn with the plain seed must not be sampled by the numbers
+    that made it."""
+    return np.random.default_rng([seed, int.from_bytes(b"flipkd")])
 
 
 class Reservoirs:
@@ -147,7 +158,7 @@ def draw_sample(
     if not counts.scores.total:
         raise InputError(f"{scores.uri} has no row with a score to sample")
     strata = equal_steps(counts.scores.smallest, counts.scores.largest)
-    reservoirs = Reservoirs(strata, size, np.random.default_rng(seed))
+    reservoirs = Reservoirs(strata, size, random_numbers(seed))
     for batch in scan(scores, shards, score_column, names, RowCounts(), advance):
         reservoirs.add(batch.table.select(names), batch.score)
     table = reservoirs.draw(size)
@@ -202,6 +213,7 @@ def read_sample(
         raise InputError(
             f"{location.uri}: column {nulls[0]!r} is null in some row; keep what the sample was drawn with"
         )
+    label = np.asarray(labels.fill_null(0)) > 0.5
     strata, first, drawn = np.unique(stratum, return_index=True, return_counts=True)
     place = np.searchsorted(strata, stratum[labelled])
     answered = np.bincount(place, minlength=len(strata))
@@ -213,10 +225,23 @@ def read_sample(
         "strata": len(strata),
         "strata_without_labels": int(np.count_nonzero(answered == 0)),
         "rows_represented": int(rows[first][answered > 0].sum()),
+        "unseen_matches_limit": _unseen(rows[first], answered, np.bincount(place, weights=label[labelled])),
     }
     values = {name: slice_values(table.column(name).take(pa.array(labelled))) for name in slices}
-    label = np.asarray(labels.fill_null(0)) > 0.5
     pairs = LabelledPairs(
         score[labelled], label[labelled], weight, stratum[labelled], labelled.astype(np.int64), values
     )
     return pairs, counts
+
+
+def _unseen(rows: npt.NDArray[np.int64], answered: npt.NDArray[np.int64], matches: npt.NDArray[np.float64]) -> int:
+    """Matches that strata without a labelled match can hold, 95 % upper bound.
+
+    No match among the labelled pairs has probability prod (1 - p_h)^n_h <= exp(-sum n_h p_h), which is at least 0.05
+    only if sum n_h p_h <= 3; then sum N_h p_h is at most 3 times the largest N_h / n_h.
+    """
+    matches = np.pad(matches, (0, len(rows) - len(matches)))
+    empty = (matches == 0) & (answered > 0) & (answered < rows)
+    if not empty.any():
+        return 0
+    return int(np.ceil(-np.log(0.05) * (rows[empty] / answered[empty]).max()))
