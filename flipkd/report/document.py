@@ -73,13 +73,13 @@ def _thresholds(facts: Mapping[str, Any]) -> list[str]:
     found = []
     for scale, thresholds in facts["thresholds"].items():
         on = "score" if scale == "score" else "probability (score --calibration)"
-        header = ["for", "threshold", "precision", "at least", "recall", "F1"]
+        header = ["for", "threshold", "precision", "recall", "precision at least", "F1"]
         header += ["pairs of the run"] if scale == "score" else []
         rows = [_threshold_row(name, row)[: len(header)] for name, row in _named_thresholds(thresholds)]
         found += [html.heading(f"Thresholds on the {on}"), html.table(header, rows, text_columns=(0,))]
     found.append(
         html.paragraph(
-            "A pair matches from the threshold on (--threshold). “At least” is the lower bound of the precision, true "
+            "A pair matches from the threshold on (--threshold). “Precision at least” is its lower bound, true "
             "in 95 of 100 cases. A threshold that was chosen on these pairs looks slightly better than it is; "
             "“cautious” asks the lower bound, not the estimate, for the wanted precision.",
             "soft",
@@ -108,8 +108,8 @@ def _threshold_row(name: str, row: Mapping[str, Any]) -> list[Any]:
         name,
         number(row["threshold"], 4),
         ranged(row, "precision_low", "precision_high", "precision"),
-        number(row["precision_lower_bound"]),
         ranged(row, "recall_low", "recall_high", "recall"),
+        number(row["precision_lower_bound"]),
         number(row["f1"]),
         count(row["pairs_in_run"]) if "pairs_in_run" in row else "–",
     ]

@@ -211,16 +211,14 @@ def _warnings(facts: Mapping[str, Any], manifest: Mapping[str, Any], fitted: Fit
     if not manifest.get("complete", True):
         found.append("The score job was partial: some of its input was skipped.")
     if not manifest:
-        found.append(
-            "The folder of the scores has no manifest: the score job is not finished, or another program wrote it."
-        )
+        found.append("The scores have no manifest: their job is not finished, or another program wrote them.")
     if facts["labels"]["labels"] is not None and facts["labels"]["labels"]["conflicts"]:
         found.append(f"{facts['labels']['labels']['conflicts']} labels contradict one another and were left out.")
     if sample is not None and sample["unseen_matches_limit"] > 0.02 * labelled["match_weight"]:
         found.append(
-            f"Where no labelled pair is a match, there can still be {sample['unseen_matches_limit']} matches in the run "
-            f"(95 % bound; {labelled['match_weight']:.0f} are estimated in all): recall and ROC AUC may be lower than "
-            "shown. More labels in the low strata tell."
+            f"Where no labelled pair is a match, there can still be {sample['unseen_matches_limit']} matches in the "
+            f"run (95 % bound; {labelled['match_weight']:.0f} are estimated in all): recall and ROC AUC may be lower "
+            "than shown. More labels in the low strata tell."
         )
     if sample is not None and sample["rows_represented"] < facts["rows"]["scored"]:
         share = sample["rows_represented"] / facts["rows"]["scored"]

@@ -31,7 +31,8 @@ th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(-
 th { font-weight: 600; vertical-align: bottom; } th:first-child, td:first-child { text-align: left; padding-left: 0; }
 td.text { white-space: normal; text-align: left; min-width: 6rem; }
 .range { color: var(--soft); font-size: .85em; }
-@media (max-width: 44rem) { .range { display: block; } th, td { padding: .3rem .4rem; } }
+@media (max-width: 44rem) { .range { display: block; } table { font-size: .82rem; }
+  th, td { padding: .3rem; } td.text { min-width: 4.6rem; } }
 .warning { border-left: .25rem solid var(--other); padding: .1rem 0 .1rem .8rem; margin: .6rem 0; }
 code { font-family: ui-monospace, monospace; font-size: .9em; }
 @media print { :root { color-scheme: light; --text: #000000; --soft: #444444; --page: #ffffff; --card: #f2f2f2;

@@ -1,8 +1,8 @@
 """Metrics of weighted, labelled scores, with bootstrap confidence intervals.
 
 A pair is taken for a match when its score is at least the threshold; pairs of one score are taken together. ROC AUC and
-average precision are scikit-learn's (the tests compare). The bootstrap draws pairs with replacement inside each stratum,
-one fewer than the stratum has and weighted up to make up for it (Rao and Wu: small strata would seem too certain), and
+average precision are those of scikit-learn (the tests compare). The bootstrap draws pairs with replacement in each
+stratum, one fewer than it has and weighted up to make up for it (Rao and Wu: small strata would seem too certain), and
 takes percentiles. Since the order of the scores stays, a resample is new weights and two running sums.
 Pairs count as independent of one another: many pairs of one record make the intervals too narrow.
 """

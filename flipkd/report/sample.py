@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -234,7 +235,7 @@ def read_sample(
     return pairs, counts
 
 
-def _unseen(rows: npt.NDArray[np.int64], answered: npt.NDArray[np.int64], matches: npt.NDArray[np.float64]) -> int:
+def _unseen(rows: npt.NDArray[np.int64], answered: npt.NDArray[np.int64], matches: npt.NDArray[Any]) -> int:
     """Matches that strata without a labelled match can hold, 95 % upper bound.
 
     No match among the labelled pairs has probability prod (1 - p_h)^n_h <= exp(-sum n_h p_h), which is at least 0.05
