@@ -187,7 +187,7 @@ def _rows(facts: Mapping[str, Any]) -> list[str]:
     parts.append(
         html.paragraph(
             "A pair without a score is in no metric. A match among them can never be found: recall over all labelled "
-            f"matches is at most {number(facts['recall_ceiling'])} of the recall shown."
+            f"matches, with a score or without, is {number(facts['recall_ceiling'])} times the recall shown."
         )
     )
     table, sample = labels["labels"], labels["sample"]
@@ -209,9 +209,8 @@ def _rows(facts: Mapping[str, Any]) -> list[str]:
 
 
 def _examples(examples: Mapping[str, Any]) -> list[str]:
-    parts = []
+    parts = [html.paragraph("What follows shows records (--show-examples).", "warning")]
     for name, title in (("false_matches", "Worst false matches"), ("missed_matches", "Worst missed matches")):
         parts.append(html.heading(title))
         parts.append(html.table(examples["columns"], examples[name], text_columns=range(len(examples["columns"]))))
-    parts.append(html.paragraph("This section shows records (--show-examples).", "warning"))
     return parts

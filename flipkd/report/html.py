@@ -29,10 +29,10 @@ figcaption { color: var(--soft); font-size: .9rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; min-width: 100%; }
 th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--grid); white-space: nowrap; }
 th { font-weight: 600; vertical-align: bottom; } th:first-child, td:first-child { text-align: left; padding-left: 0; }
-td.text { white-space: normal; text-align: left; min-width: 6rem; }
+th.text, td.text { white-space: normal; text-align: left; min-width: 6rem; }
 .range { color: var(--soft); font-size: .85em; }
 @media (max-width: 44rem) { .range { display: block; } table { font-size: .82rem; }
-  th, td { padding: .3rem; } td.text { min-width: 4.6rem; } }
+  th, td { padding: .3rem; } th.text, th.text, td.text { min-width: 4.6rem; } }
 .warning { border-left: .25rem solid var(--other); padding: .1rem 0 .1rem .8rem; margin: .6rem 0; }
 code { font-family: ui-monospace, monospace; font-size: .9em; }
 @media print { :root { color-scheme: light; --text: #000000; --soft: #444444; --page: #ffffff; --card: #f2f2f2;
@@ -80,12 +80,12 @@ def pictures(values: Sequence[tuple[str, str]]) -> str:
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]], text_columns: Sequence[int] = ()) -> str:
     """A table; a cell is text, or (figure, range) whose range is printed small."""
-    head = "".join(f"<th>{escape(name)}</th>" for name in header)
+    kinds = [' class="text"' if place in text_columns else "" for place in range(len(header))]
+    head = "".join(f"<th{kind}>{escape(name)}</th>" for name, kind in zip(header, kinds, strict=True))
     lines = []
     for row in rows:
         cells = []
-        for place, cell in enumerate(row):
-            kind = ' class="text"' if place in text_columns else ""
+        for kind, cell in zip(kinds, row, strict=True):
             cells.append(f"<td{kind}>{_cell(cell)}</td>")
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
