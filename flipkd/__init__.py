@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from flipkd.api import score_pairs as score_pairs
     from flipkd.config import EncodeConfig as EncodeConfig
     from flipkd.config import EncoderOptions as EncoderOptions
-    from flipkd.config import EvaluateConfig as EvaluateConfig
     from flipkd.config import RunOptions as RunOptions
     from flipkd.config import ScoreConfig as ScoreConfig
     from flipkd.config import TeachConfig as TeachConfig
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from flipkd.models.encoder import load_encoder as load_encoder
     from flipkd.models.export import export as export
     from flipkd.models.options import StudentOptions as StudentOptions
+    from flipkd.report.config import EvaluateConfig as EvaluateConfig
     from flipkd.report.evaluate import evaluate as evaluate
     from flipkd.run.encode import encode as encode
     from flipkd.run.pipeline import score as score
@@ -35,7 +35,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "EncodeConfig": ("flipkd.config", "EncodeConfig"),
     "EncoderOptions": ("flipkd.config", "EncoderOptions"),
-    "EvaluateConfig": ("flipkd.config", "EvaluateConfig"),
+    "EvaluateConfig": ("flipkd.report.config", "EvaluateConfig"),
     "LossOptions": ("flipkd.distill.config", "LossOptions"),
     "RunOptions": ("flipkd.config", "RunOptions"),
     "ScoreConfig": ("flipkd.config", "ScoreConfig"),

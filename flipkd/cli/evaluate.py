@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from flipkd.cli.options import common_options, print_values, set_up_logging
-from flipkd.config import EvaluateConfig
+from flipkd.report.config import EvaluateConfig
 
 
 @click.command()

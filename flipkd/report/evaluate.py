@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from flipkd.config import EvaluateConfig
 from flipkd.data.calibration import as_json, probabilities
 from flipkd.data.commit import TEMPORARY_SUFFIX, make_private_folder, read_json, writing
 from flipkd.data.folders import is_whole, publish_folder
@@ -18,6 +17,7 @@ from flipkd.data.location import Location, open_location
 from flipkd.data.shards import Shard, find_shards
 from flipkd.errors import ConfigError, OutputError
 from flipkd.report.calibrate import Fitted, calibration_error, fit_calibration, reliability
+from flipkd.report.config import EvaluateConfig
 from flipkd.report.document import document
 from flipkd.report.examples import read_examples, worst_errors
 from flipkd.report.metrics import measured

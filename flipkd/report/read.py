@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flipkd.config import EvaluateConfig
 from flipkd.data.location import Location, open_location
 from flipkd.data.shards import Shard, find_shards
 from flipkd.errors import ConfigError, InputError
+from flipkd.report.config import EvaluateConfig
 from flipkd.report.labels import read_label_table
 from flipkd.report.pairs import LabelledPairs, PairCounts, from_label_column, from_label_table
 from flipkd.report.sample import is_sample, read_sample, sample_facts

@@ -19,10 +19,10 @@ from click.testing import CliRunner
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from flipkd.cli import main
-from flipkd.config import EvaluateConfig
 from flipkd.data.calibration import read_calibration
 from flipkd.data.folders import is_whole
 from flipkd.errors import ConfigError, InputError, OutputError
+from flipkd.report.config import EvaluateConfig
 from flipkd.report.evaluate import evaluate
 from tests.report.conftest import MakeScores, score_table
 

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from flipkd.config import EvaluateConfig
 from flipkd.errors import ConfigError, InputError
+from flipkd.report.config import EvaluateConfig
 from flipkd.report.evaluate import evaluate
 from tests.report.conftest import MakeScores, score_table
 

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flipkd.config import EvaluateConfig
 from flipkd.errors import ConfigError, OutputError
+from flipkd.report.config import EvaluateConfig
 from flipkd.report.evaluate import evaluate
 from flipkd.report.metrics import Ranked, bootstrap, summary
 from flipkd.report.sample import Reservoirs, allocate, equal_steps, random_numbers
