@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,15 +26,14 @@ from flipkd.data.records import (
 )
 from flipkd.data.shards import ShardReader, find_shards
 from flipkd.errors import ConfigError
+from flipkd.run.cached_encoder import CachedEncoder, text_cache
 from flipkd.run.job import Job, run_job
 from flipkd.run.manifest import MANIFEST, SOURCE_KEY, WORK_FOLDER, UnitReport
 from flipkd.run.output import locked, refuse_overlap, remove_folder
 from flipkd.run.units import Plan, WorkUnit, fingerprint, plan_units
+from flipkd.vectors.cache import TextCache
+from flipkd.vectors.cache_tidy import tidy
 from flipkd.vectors.layout import STATUS_INVALID_TEXT, STATUS_MISSING_TEXT, STATUS_TRUNCATED
-from flipkd.vectors.rows import quantise
-
-if TYPE_CHECKING:
-    from flipkd.models.encoder import Encoder
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +65,13 @@ def encoder_fingerprint(options: EncoderOptions) -> str:
     from flipkd.models.folder import folder_fingerprint
 
     return fingerprint({"folder": folder_fingerprint(options.folder, options.max_length), "dtype": options.dtype})
+
+
+def config_cache(config: EncodeConfig) -> TextCache | None:
+    """The text cache that a job was given, or None; see ``text_cache``."""
+    if config.cache is None:
+        return None
+    return text_cache(config.cache, encoder_fingerprint(config.encoder), config.dtype)
 
 
 def plan_encode(config: EncodeConfig) -> EncodePlan:
@@ -142,7 +148,10 @@ def encode_planned(planned: EncodePlan) -> dict[str, Any]:
             output_bytes=planned.plan.rows * 1600,
             about={"encoder": config.encoder.folder, "template": config.text_template},
         )
+        cache = config_cache(config)  # before any work: its folder must be one that can be used
         manifest = run_job(job)
+        if cache is not None:
+            manifest["cache"] = tidy(cache, config.cache_limit_bytes)
         return _seal(planned, output, parts, manifest)
 
 
@@ -183,18 +192,8 @@ class EncodeWorker:
     def __init__(
         self, config: EncodeConfig, records: Location, output: Location, run_fingerprint: str, threads: int
     ) -> None:
-        from flipkd.models.encoder import load_encoder
-
-        options = config.encoder
         self._config, self._records, self._output, self._run = config, records, output, run_fingerprint
-        self._encoder: Encoder = load_encoder(
-            options.folder,
-            dtype=options.dtype,
-            device=options.device,
-            max_length=options.max_length,
-            trust_remote_code=options.trust_remote_code,
-            threads=threads,
-        )
+        self._encoder = CachedEncoder(config.encoder, config.dtype, config_cache(config), threads)
 
     def __call__(self, unit: WorkUnit) -> UnitReport:
         """Runs one unit."""
@@ -209,14 +208,11 @@ class EncodeWorker:
 
         started = time.perf_counter()
         present = np.flatnonzero(np.asarray(texts.values.is_valid()))
-        encoded = self._encoder.encode_texts(
-            texts.values.take(pa.array(present)).to_pylist(), max_tokens=config.encoder.max_tokens
-        )
-        vectors = np.zeros((len(texts.values), self._encoder.dim), np.float32)
-        vectors[present] = encoded.vectors
-        rows = quantise(vectors, config.dtype)
+        encoded = self._encoder.rows(texts.values.take(pa.array(present)))
+        values = np.zeros((len(texts.values), encoded.rows.dim), encoded.rows.values.dtype)
+        values[present] = encoded.rows.values
         status = np.full(len(texts.values), STATUS_MISSING_TEXT, np.uint8)
-        status[present] = np.where(encoded.truncated, STATUS_TRUNCATED, 0)
+        status[present] = encoded.status
         status[texts.invalid] = STATUS_INVALID_TEXT
         seconds["encode"] = time.perf_counter() - started
 
@@ -224,7 +220,7 @@ class EncodeWorker:
         digests = text_digests(texts.values, bytes.fromhex(self._run))
         arrays = {
             "id": table.column(config.id_column),
-            "vector": fixed_rows(rows.values, indices),
+            "vector": fixed_rows(values, indices),
             "status": pa.array(status[indices]),
             "text_digest": digests.take(pa.array(indices)),
         }
@@ -239,7 +235,9 @@ class EncodeWorker:
             {
                 "truncated": int(np.count_nonzero(status[indices] & STATUS_TRUNCATED)),
                 "distinct_texts": len(present),
-                "tokens": int(encoded.tokens.sum()),
+                "encoded_texts": encoded.encoded,
+                "cached_texts": encoded.cached,
+                "tokens": encoded.tokens,
             },
             seconds,
         )
