@@ -153,16 +153,18 @@ class Segment:
         """Seconds since 1970, [N]: when rows were last handed out, or else written."""
         used = np.full(len(self) if rows is None else len(rows), self.written, np.uint32)
         with suppress(InputError):
-            told = map_file(_used_path(self.path), "<u4")
-            if len(told) == len(self):
-                used = np.maximum(used, told if rows is None else told[rows])
+            told = map_file(_used_path(self.path), np.uint8)
+            if len(told) == 4 * len(self):
+                times = told.view("<u4")
+                used = np.maximum(used, times if rows is None else times[rows])
         return used
 
     def mark_used(self, rows: NDArray[Any], now: int) -> None:
         """Notes that rows were handed out. A loss of it costs no more than a vector that is dropped too early."""
         with suppress(OSError, ValueError), _open_used(self.path, len(self)) as file:
             mapped = mmap.mmap(file.fileno(), 0)
-            np.frombuffer(mapped, "<u4")[rows] = now
+            times = np.frombuffer(mapped, "<u4")
+            times[rows] = np.maximum(times[rows], now)  # clocks of several machines may differ
 
 
 def segment_bytes(rows: int, row_bytes: int) -> int:
