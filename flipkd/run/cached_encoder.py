@@ -74,13 +74,8 @@ class CachedEncoder:
             compact_if_free(self._cache)
         if hits.rows is None:
             return EncodedRows(fresh, fresh_status, len(missing), tokens, 0)
-        values = np.empty((len(texts), fresh.dim), fresh.values.dtype)
-        status = np.empty(len(texts), np.uint8)
-        values[missing], status[missing] = fresh.values, fresh_status
-        values[hits.found], status[hits.found] = hits.rows.values, hits.status
-        return EncodedRows(
-            VectorRows(values, self._dtype), status, len(missing), tokens, int(np.count_nonzero(hits.found))
-        )
+        hits.rows.values[missing], hits.status[missing] = fresh.values, fresh_status
+        return EncodedRows(hits.rows, hits.status, len(missing), tokens, len(texts) - len(missing))
 
     def _encode(self, texts: pa.LargeStringArray) -> tuple[VectorRows, NDArray[np.uint8], int]:
         if self._loaded is None:

@@ -27,7 +27,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
@@ -38,17 +38,8 @@ from flipkd.data.commit import make_private_folder, write_private_file, writing
 from flipkd.data.records import keyed_digests
 from flipkd.errors import ConfigError, InputError
 from flipkd.vectors.rows import STORAGE, VectorRows, check_dtype
-from flipkd.vectors.segments import (
-    Rows,
-    Segment,
-    SegmentKind,
-    Words,
-    open_all,
-    remove_segment,
-    segment_paths,
-    to_words,
-    write_segment,
-)
+from flipkd.vectors.segment_files import remove_segment, segment_paths, write_segment
+from flipkd.vectors.segments import Rows, Segment, SegmentKind, Words, open_all, to_words
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +49,7 @@ LOCK_FILE = "lock"
 _FORMAT = 1
 _KEY_BYTES = 32
 _NAMESPACE_BYTES = 16
+_BLOCK_ROWS = 2048
 
 
 @dataclass(frozen=True)
@@ -66,8 +58,8 @@ class Hits:
 
     Args:
         found: [N] bool.
-        rows: [found, d] the vectors of those that were found, in their order; None where none was.
-        status: [found] uint8, bits of STATUS_*.
+        rows: [N, d] their vectors, of no meaning where none was found; None where none was found at all.
+        status: [N] uint8, bits of STATUS_*; likewise.
     """
 
     found: NDArray[np.bool_]
@@ -102,32 +94,32 @@ class TextCache:
     def look_up(self, keys: Words) -> Hits:
         """Finds the vectors of N keys; see ``Hits``. What it finds is noted as used."""
         order = np.argsort(keys[:, 0])
-        ordered, left = keys[order], np.arange(len(keys))
-        pieces: list[tuple[NDArray[Any], Rows]] = []
-        row_bytes, now = 0, int(time.time())
+        ordered, left, now = keys[order], np.arange(len(keys)), int(time.time())
+        found, status = np.zeros(len(keys), np.bool_), np.zeros(len(keys), np.uint8)
+        words, row_bytes = np.empty((0, 0), np.uint64), 0
         for segment in self._open_segments() if len(keys) else ():
             rows = segment.find(ordered[left])
             hit = rows >= 0
             if not hit.any():
                 continue
+            if not row_bytes:
+                words, row_bytes = np.zeros((len(keys), segment.words.shape[1]), np.uint64), segment.row_bytes
+            places = order[left[hit]]
             try:
-                pieces.append((left[hit], segment.read(rows[hit])))
+                # In blocks that stay in the processor's cache: new memory of the size of everything is what costs most.
+                for start in range(0, len(places), _BLOCK_ROWS):
+                    block = places[start : start + _BLOCK_ROWS]
+                    status[block], words[block] = segment.read(rows[hit][start : start + _BLOCK_ROWS])
             except InputError as error:
                 drop_damaged(segment.path, error)
                 continue
-            row_bytes = segment.row_bytes
+            found[places] = True
             segment.mark_used(rows[hit], now)
             left = left[~hit]
             if not len(left):
                 break
-        found = np.zeros(len(keys), np.bool_)
-        if not pieces:
-            return Hits(found, None, np.empty(0, np.uint8))
-        places = order[np.concatenate([place for place, _ in pieces])]
-        found[places] = True
-        back = np.argsort(places)
-        words = np.concatenate([piece.words for _, piece in pieces])[back]
-        status = np.concatenate([piece.status for _, piece in pieces])[back]
+        if not found.any():
+            return Hits(found, None, status)
         raw = np.ascontiguousarray(words.view(np.uint8)[:, :row_bytes])
         return Hits(found, VectorRows(raw.view(STORAGE[self.dtype]), self.dtype), status)
 

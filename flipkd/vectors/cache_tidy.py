@@ -29,17 +29,8 @@ from flipkd.vectors.cache import (
     read_key,
     text_keys,
 )
-from flipkd.vectors.segments import (
-    DamagedSegmentError,
-    Rows,
-    Segment,
-    SegmentKind,
-    open_all,
-    remove_segment,
-    remove_unfinished,
-    segment_paths,
-    write_segment,
-)
+from flipkd.vectors.segment_files import remove_segment, remove_unfinished, segment_paths, write_segment
+from flipkd.vectors.segments import DamagedSegmentError, Rows, Segment, SegmentKind, open_all
 
 logger = logging.getLogger(__name__)
 
@@ -188,15 +179,17 @@ def _ranges(segments: list[Segment], keep: list[NDArray[np.bool_]]) -> Iterator[
 
 def _gather(segments: list[Segment], owners: NDArray[Any], places: NDArray[Any]) -> Rows:
     """The rows at these places of these segments."""
-    own = [np.flatnonzero(owners == number) for number in range(len(segments))]
-    read = [segment.read(places[mine]) for segment, mine in zip(segments, own, strict=True)]
-    back = np.argsort(np.concatenate(own))
-    return Rows(
-        np.concatenate([rows.keys for rows in read])[back],
-        np.concatenate([rows.status for rows in read])[back],
-        np.concatenate([rows.words for rows in read])[back],
-        np.concatenate([rows.used for rows in read])[back],
+    rows = Rows(
+        np.empty((len(places), 2), np.uint64),
+        np.empty(len(places), np.uint8),
+        np.empty((len(places), segments[0].words.shape[1]), np.uint64),
+        np.empty(len(places), np.uint32),
     )
+    for number, segment in enumerate(segments):
+        own = owners == number
+        rows.keys[own], rows.used[own] = segment.keys(places[own]), segment.last_used(places[own])
+        rows.status[own], rows.words[own] = segment.read(places[own])
+    return rows
 
 
 def _drop_to(root: Path, limit_bytes: int) -> int:

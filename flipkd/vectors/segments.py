@@ -15,14 +15,12 @@ place; it may be lost.
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import hashlib
 import mmap
 import os
 import struct
-import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,16 +29,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flipkd.data.commit import TEMPORARY_SUFFIX, sync
 from flipkd.errors import InputError
 from flipkd.vectors.mapped import map_file
 
 Words = NDArray[np.uint64]
 
 SUFFIX = ".segment"
-_MAGIC = b"flipkdT1"
-_HEADER = struct.Struct("<8s 8s Q I I 16s")  # magic, id of the key file, rows, row bytes, seconds since 1970, namespace
-_HEADER_BYTES = 64
+MAGIC = b"flipkdT1"
+HEADER = struct.Struct("<8s 8s Q I I 16s")  # magic, id of the key file, rows, row bytes, seconds since 1970, namespace
+HEADER_BYTES = 64
 
 
 class DamagedSegmentError(InputError):
@@ -79,10 +76,6 @@ class Rows:
     status: NDArray[np.uint8]
     words: Words
     used: NDArray[np.uint32]
-
-    def take(self, places: NDArray[Any]) -> Rows:
-        """The rows at these places."""
-        return Rows(self.keys[places], self.status[places], self.words[places], self.used[places])
 
 
 @dataclass(frozen=True)
@@ -137,23 +130,25 @@ class Segment:
             places, open_keys = places[same & ~found] + 1, open_keys[same & ~found]
         return rows
 
-    def read(self, rows: NDArray[Any]) -> Rows:
+    def read(self, rows: NDArray[Any]) -> tuple[NDArray[np.uint8], Words]:
         """Copies rows out and checks them.
+
+        Returns:
+            Status uint8 [N] and vectors uint64 [N, words].
 
         Raises:
             DamagedSegmentError: a check does not hold.
         """
-        keys = self.keys(rows)
         status, words = self.status[rows], self.words[rows]
-        if not np.array_equal(check_words(keys, status, words), self.checks[rows]):
+        if not np.array_equal(check_words(self.keys(rows), status, words), self.checks[rows]):
             raise DamagedSegmentError(self.path, "the check of a vector does not hold")
-        return Rows(keys, status, words, self.last_used(rows))
+        return status, words
 
     def last_used(self, rows: NDArray[Any] | None = None) -> NDArray[np.uint32]:
         """Seconds since 1970, [N]: when rows were last handed out, or else written."""
         used = np.full(len(self) if rows is None else len(rows), self.written, np.uint32)
         with suppress(InputError):
-            told = map_file(_used_path(self.path), np.uint8)
+            told = map_file(used_path(self.path), np.uint8)
             if len(told) == 4 * len(self):
                 times = told.view("<u4")
                 used = np.maximum(used, times if rows is None else times[rows])
@@ -161,7 +156,7 @@ class Segment:
 
     def mark_used(self, rows: NDArray[Any], now: int) -> None:
         """Notes that rows were handed out. A loss of it costs no more than a vector that is dropped too early."""
-        with suppress(OSError, ValueError), _open_used(self.path, len(self)) as file:
+        with suppress(OSError, ValueError), open_used(self.path, len(self)) as file:
             mapped = mmap.mmap(file.fileno(), 0)
             times = np.frombuffer(mapped, "<u4")
             times[rows] = np.maximum(times[rows], now)  # clocks of several machines may differ
@@ -169,7 +164,7 @@ class Segment:
 
 def segment_bytes(rows: int, row_bytes: int) -> int:
     """Size of a segment's file."""
-    return _HEADER_BYTES + 8 * (3 * rows + (rows + 7) // 8 + rows * _words(row_bytes))
+    return HEADER_BYTES + 8 * (3 * rows + (rows + 7) // 8 + rows * _words(row_bytes))
 
 
 def _words(row_bytes: int) -> int:
@@ -215,131 +210,40 @@ def open_segment(path: Path, kind: SegmentKind) -> Segment | None:
     """
     size_bytes = path.stat().st_size
     with open(path, "rb") as file:
-        raw = file.read(_HEADER_BYTES)
-    if len(raw) < _HEADER_BYTES or raw[:8] != _MAGIC or _seal(raw[: _HEADER.size]) != raw[_HEADER.size :]:
+        raw = file.read(HEADER_BYTES)
+    if len(raw) < HEADER_BYTES or raw[:8] != MAGIC or header_seal(raw[: HEADER.size]) != raw[HEADER.size :]:
         raise DamagedSegmentError(path, "its header is not whole")
-    _, key_id, rows, row_bytes, written, namespace = _HEADER.unpack(raw[: _HEADER.size])
+    _, key_id, rows, row_bytes, written, namespace = HEADER.unpack(raw[: HEADER.size])
     if key_id != kind.key_id or namespace != kind.namespace:
         return None
     if size_bytes != segment_bytes(rows, row_bytes):
         raise DamagedSegmentError(path, f"it has {size_bytes} bytes, not {segment_bytes(rows, row_bytes)}")
-    arrays = _arrays(map_file(path, np.uint8), rows, row_bytes)
+    arrays = segment_arrays(map_file(path, np.uint8), rows, row_bytes)
     return Segment(path, row_bytes, written, *arrays)
 
 
-def _arrays(data: NDArray[np.uint8], rows: int, row_bytes: int) -> tuple[Words, Words, Words, Any, Words]:
-    words = data[_HEADER_BYTES:].view("<u8")
+def segment_arrays(data: NDArray[np.uint8], rows: int, row_bytes: int) -> tuple[Words, Words, Words, Any, Words]:
+    words = data[HEADER_BYTES:].view("<u8")
     start = 3 * rows + (rows + 7) // 8
     status = words[3 * rows : start].view(np.uint8)[:rows]
     vectors = words[start:].reshape(rows, _words(row_bytes))
     return words[:rows], words[rows : 2 * rows], words[2 * rows : 3 * rows], status, vectors
 
 
-def _seal(header: bytes) -> bytes:
-    return hashlib.blake2b(header, digest_size=_HEADER_BYTES - _HEADER.size).digest()
+def header_seal(header: bytes) -> bytes:
+    return hashlib.blake2b(header, digest_size=HEADER_BYTES - HEADER.size).digest()
 
 
-def write_segment(
-    folder: Path, kind: SegmentKind, row_bytes: int, rows: int, blocks: Iterable[Rows], written: int
-) -> Path:
-    """Writes a segment under a hidden name, flushes and renames it.
-
-    The hidden file is locked while it is written, so that one without a lock is known to be a dead writer's.
-
-    Args:
-        folder: where.
-        kind: what it is for.
-        row_bytes: bytes of a vector.
-        rows: rows in all blocks.
-        blocks: the rows, in ascending order of key, each key once.
-        written: seconds since 1970.
-
-    Raises:
-        OSError: the disk is full or cannot be written.
-    """
-    name = f"{uuid.uuid4().hex}{SUFFIX}"
-    hidden = folder / f".{name}{TEMPORARY_SUFFIX}"
-    size_bytes = segment_bytes(rows, row_bytes)
-    header = _HEADER.pack(_MAGIC, kind.key_id, rows, row_bytes, written, kind.namespace)
-    used_path = _used_path(folder / name)
-    try:
-        with os.fdopen(os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), "r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            os.posix_fallocate(file.fileno(), 0, size_bytes)  # a full disk is an error here, not a SIGBUS later
-            file.write(header + _seal(header))
-            file.flush()
-            used = _fill(map_file(hidden, np.uint8, writable=True), rows, row_bytes, blocks)
-            if (used > written).any():  # rows of older segments
-                with _open_used(folder / name, rows) as times:
-                    times.write(used.tobytes())
-            os.fsync(file.fileno())
-            os.replace(hidden, folder / name)
-    except BaseException:
-        for path in (hidden, used_path):
-            with suppress(OSError):
-                path.unlink()
-        raise
-    sync(str(folder))
-    return folder / name
-
-
-def _fill(data: NDArray[np.uint8], rows: int, row_bytes: int, blocks: Iterable[Rows]) -> NDArray[np.uint32]:
-    prefixes, rests, checks, status, words = _arrays(data, rows, row_bytes)
-    used = np.empty(rows, np.uint32)
-    start = 0
-    for block in blocks:
-        place = slice(start, start + len(block.keys))
-        prefixes[place], rests[place] = block.keys[:, 0], block.keys[:, 1]
-        checks[place] = check_words(block.keys, block.status, block.words)
-        status[place], words[place], used[place] = block.status, block.words, block.used
-        start = place.stop
-    assert start == rows, f"{start} rows were given, {rows} were told"
-    return used
-
-
-def _used_path(path: Path) -> Path:
+def used_path(path: Path) -> Path:
     return path.with_suffix(".used")
 
 
-def _open_used(path: Path, rows: int) -> Any:
+def open_used(path: Path, rows: int) -> Any:
     """The file of times of a segment, made if it is not there: zeros, so that the time of writing counts."""
-    descriptor = os.open(_used_path(path), os.O_RDWR | os.O_CREAT, 0o600)
+    descriptor = os.open(used_path(path), os.O_RDWR | os.O_CREAT, 0o600)
     file = os.fdopen(descriptor, "r+b")
     os.ftruncate(descriptor, 4 * rows)
     return file
-
-
-def remove_segment(path: Path) -> None:
-    """Deletes a segment and its times; processes that have it mapped keep it until they let go."""
-    for own in (path, _used_path(path)):
-        own.unlink(missing_ok=True)
-
-
-def segment_paths(folder: Path) -> list[Path]:
-    """The segments of a namespace, in no order of meaning."""
-    with suppress(FileNotFoundError):
-        return sorted(path for path in folder.iterdir() if path.suffix == SUFFIX and not path.name.startswith("."))
-    return []
-
-
-def remove_unfinished(folder: Path, *, wait: bool = False) -> None:
-    """Deletes what killed writers left: hidden files without a lock, and times without a segment.
-
-    Args:
-        folder: of a namespace.
-        wait: wait for live writers, so that none of their files is hidden at the end.
-    """
-    for path in _hidden(folder):
-        with suppress(FileNotFoundError, BlockingIOError), open(path, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            path.unlink()  # after a live writer's rename there is nothing of this name
-    for path in folder.glob("*.used"):
-        if not path.with_suffix(SUFFIX).exists() and not (folder / f".{path.stem}{SUFFIX}{TEMPORARY_SUFFIX}").exists():
-            path.unlink(missing_ok=True)
-
-
-def _hidden(folder: Path) -> Iterator[Path]:
-    yield from list(folder.glob(f".*{SUFFIX}{TEMPORARY_SUFFIX}"))
 
 
 def open_all(paths: Iterable[Path], kind: SegmentKind, damaged: Callable[[Path, Exception], None]) -> list[Segment]:

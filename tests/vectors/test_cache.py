@@ -24,7 +24,8 @@ from flipkd.vectors import cache_tidy
 from flipkd.vectors.cache import TextCache, open_cache, read_key, text_keys
 from flipkd.vectors.cache_tidy import compact_if_free, forget_texts, tidy
 from flipkd.vectors.rows import STORAGE, VectorRows, quantise
-from flipkd.vectors.segments import Rows, open_segment, remove_unfinished, segment_paths, to_words, write_segment
+from flipkd.vectors.segment_files import remove_unfinished, segment_paths, write_segment
+from flipkd.vectors.segments import Rows, open_segment, to_words
 
 DIM = 12
 
@@ -55,8 +56,8 @@ def check(cache: TextCache, known: Sequence[int], unknown: Sequence[int] = ()) -
     assert hits.found.tolist() == [number in set(known) for number in numbers]
     if expected:
         assert hits.rows is not None
-        np.testing.assert_array_equal(hits.rows.values, rows_of(expected, cache.dtype).values)
-        np.testing.assert_array_equal(hits.status, status_of(expected))
+        np.testing.assert_array_equal(hits.rows.values[hits.found], rows_of(expected, cache.dtype).values)
+        np.testing.assert_array_equal(hits.status[hits.found], status_of(expected))
     else:
         assert hits.rows is None
 
@@ -104,8 +105,8 @@ class TestPutAndLookUp:
         found = [number for number in asked if number in known]
         if found:
             assert hits.rows is not None
-            np.testing.assert_array_equal(hits.rows.values, rows_of(found, dim=dim).values)
-            np.testing.assert_array_equal(hits.status, status_of(found))
+            np.testing.assert_array_equal(hits.rows.values[hits.found], rows_of(found, dim=dim).values)
+            np.testing.assert_array_equal(hits.status[hits.found], status_of(found))
 
     def test_keys_with_one_first_half_are_told_apart(self, cache: TextCache) -> None:
         keys = np.array([[7, 3], [7, 1], [7, 2], [9, 1]], np.uint64)
@@ -113,7 +114,7 @@ class TestPutAndLookUp:
         hits = cache.look_up(keys[[3, 2, 0, 1]])
         assert hits.found.tolist() == [False, True, True, True]
         assert hits.rows is not None
-        np.testing.assert_array_equal(hits.rows.values, rows_of([2, 3, 1]).values)
+        np.testing.assert_array_equal(hits.rows.values[hits.found], rows_of([2, 3, 1]).values)
 
     def test_another_encoder_or_dtype_is_a_miss(self, tmp_path: Path) -> None:
         put(open_cache(tmp_path, "encoder", "int8"), range(5))
@@ -188,7 +189,7 @@ class TestDamage:
             assert np.count_nonzero(~hits.found) >= 1
             numbers = np.flatnonzero(hits.found).tolist()
             assert hits.rows is not None
-            np.testing.assert_array_equal(hits.rows.values, rows_of(numbers).values)
+            np.testing.assert_array_equal(hits.rows.values[hits.found], rows_of(numbers).values)
         else:
             assert not hits.found.any()
             assert "is damaged" in caplog.text
@@ -287,7 +288,7 @@ class TestProcesses:
             hits = cache.look_up(cache.keys(texts_of(numbers)))
             found = [number for number, is_found in zip(numbers, hits.found, strict=True) if is_found]
             if hits.rows is not None:
-                np.testing.assert_array_equal(hits.rows.values, rows_of(found).values)
+                np.testing.assert_array_equal(hits.rows.values[hits.found], rows_of(found).values)
         assert [writer.wait() for writer in writers] == [0, 0]
         check(cache, range(1500), range(1500, 1600))
         facts = tidy(cache)
@@ -311,7 +312,7 @@ class TestProcesses:
             assert hits.found.all()
             assert hits.rows is not None
             expected = rows_of([*known, *range(1000 * attempt, done)])
-            np.testing.assert_array_equal(hits.rows.values, expected.values)
+            np.testing.assert_array_equal(hits.rows.values[hits.found], expected.values)
         tidy(cache)
         assert [path.name for path in cache.folder.iterdir() if path.name.startswith(".")] == []
 
