@@ -52,12 +52,14 @@ class EncodePlan:
         plan: units over the record files.
         fingerprint: of the store: encoder, template, dtype and every input file.
         run_fingerprint: the same without the input files.
+        encoder: ``encoder_fingerprint`` of the encoder: to hash a large model takes seconds, so it is done once.
     """
 
     config: EncodeConfig
     plan: Plan
     fingerprint: str
     run_fingerprint: str
+    encoder: str
 
 
 def encoder_fingerprint(options: EncoderOptions) -> str:
@@ -67,11 +69,8 @@ def encoder_fingerprint(options: EncoderOptions) -> str:
     return fingerprint({"folder": folder_fingerprint(options.folder, options.max_length), "dtype": options.dtype})
 
 
-def config_cache(config: EncodeConfig) -> TextCache | None:
-    """The text cache that a job was given, or None; see ``text_cache``."""
-    if config.cache is None:
-        return None
-    return text_cache(config.cache, encoder_fingerprint(config.encoder), config.dtype)
+def _cache(config: EncodeConfig, encoder: str) -> TextCache | None:
+    return None if config.cache is None else text_cache(config.cache, encoder, config.dtype)
 
 
 def plan_encode(config: EncodeConfig) -> EncodePlan:
@@ -85,11 +84,12 @@ def plan_encode(config: EncodeConfig) -> EncodePlan:
     columns = [config.id_column, *template_fields(config.text_template)]
     shards = find_shards(records)
     skip = config.run.on_bad_shard == "skip"
+    encoder = encoder_fingerprint(config.encoder)
     run_fingerprint = fingerprint(
         {
             "kind": "encode",
             "format": 1,
-            "encoder": encoder_fingerprint(config.encoder),
+            "encoder": encoder,
             "template": config.text_template,
             "id_column": config.id_column,
             "dtype": config.dtype,
@@ -101,7 +101,7 @@ def plan_encode(config: EncodeConfig) -> EncodePlan:
     )
     check_schema(records, plan, columns)
     store = fingerprint({"run": run_fingerprint, "units": [unit.fingerprint for unit in plan.units]})
-    return EncodePlan(config, plan, store, run_fingerprint)
+    return EncodePlan(config, plan, store, run_fingerprint, encoder)
 
 
 def check_schema(location: Location, plan: Plan, columns: Sequence[str]) -> None:
@@ -135,7 +135,9 @@ def encode_planned(planned: EncodePlan) -> dict[str, Any]:
                 "choose another --output, or pass --overwrite to replace it"
             )
         parts = output.child(PARTS)
-        worker = partial(EncodeWorker, config, open_location(config.records), parts, planned.run_fingerprint)
+        cache = _cache(config, planned.encoder)  # before any work: its folder must be one that can be used
+        records = open_location(config.records)
+        worker = partial(EncodeWorker, config, records, parts, planned.run_fingerprint, planned.encoder)
         job = Job(
             kind="encode",
             output=parts,
@@ -148,7 +150,6 @@ def encode_planned(planned: EncodePlan) -> dict[str, Any]:
             output_bytes=planned.plan.rows * 1600,
             about={"encoder": config.encoder.folder, "template": config.text_template},
         )
-        cache = config_cache(config)  # before any work: its folder must be one that can be used
         manifest = run_job(job)
         if cache is not None:
             manifest["cache"] = tidy(cache, config.cache_limit_bytes)
@@ -168,7 +169,7 @@ def _seal(planned: EncodePlan, output: Location, parts: Location, manifest: dict
         "fingerprint": planned.fingerprint,
         "template": planned.config.text_template,
         "dtype": planned.config.dtype,
-        "encoder": encoder_fingerprint(planned.config.encoder),
+        "encoder": planned.encoder,
         "complete": manifest["complete"],
     }
     sealed = seal_store(output.path, [parts.child(name).path for name in done], header)
@@ -190,10 +191,16 @@ class EncodeWorker:
     """
 
     def __init__(
-        self, config: EncodeConfig, records: Location, output: Location, run_fingerprint: str, threads: int
+        self,
+        config: EncodeConfig,
+        records: Location,
+        output: Location,
+        run_fingerprint: str,
+        encoder: str,
+        threads: int,
     ) -> None:
         self._config, self._records, self._output, self._run = config, records, output, run_fingerprint
-        self._encoder = CachedEncoder(config.encoder, config.dtype, config_cache(config), threads)
+        self._encoder = CachedEncoder(config.encoder, config.dtype, _cache(config, encoder), threads)
 
     def __call__(self, unit: WorkUnit) -> UnitReport:
         """Runs one unit."""
