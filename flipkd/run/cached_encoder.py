@@ -1,10 +1,15 @@
-"""Texts to rows of a store: those that the text cache knows are taken from it, the others are encoded and added."""
+"""Texts to rows of a store: those that the text cache knows are taken from it, the others are encoded and added.
+
+A vector does not depend on the texts beside it (to the bit on the CPUs where we looked), so a store made with a cache
+has the bytes of one made without. Vectors that another kind of machine has put into the cache are that machine's: they
+differ by as much as encoding there would.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -70,7 +75,7 @@ class CachedEncoder:
         missing = np.flatnonzero(~hits.found)
         fresh, fresh_status, tokens = self._encode(texts.take(pa.array(missing)))
         self._cache.put(keys[missing], fresh, fresh_status)
-        if len(self._cache) >= _MANY_SEGMENTS:
+        if self._cache.segment_count >= _MANY_SEGMENTS:
             compact_if_free(self._cache)
         if hits.rows is None:
             return EncodedRows(fresh, fresh_status, len(missing), tokens, 0)
@@ -119,7 +124,7 @@ def cache_root(folder: str) -> Path:
     Raises:
         ConfigError: the folder is not local.
     """
-    location: Any = open_location(folder)
+    location = open_location(folder)
     if not location.is_local:
         raise ConfigError(f"--cache {location.uri}: a cache is mapped into memory; name a local folder")
     return Path(location.path) / CACHE_FOLDER

@@ -48,7 +48,7 @@ KEY_FILE = "key"
 LOCK_FILE = "lock"
 _FORMAT = 1
 _KEY_BYTES = 32
-_NAMESPACE_BYTES = 16
+NAMESPACE_BYTES = 16
 _BLOCK_ROWS = 2048
 
 
@@ -83,7 +83,8 @@ class TextCache:
         self._key = key
         self._segments: dict[Path, Segment] = {}
 
-    def __len__(self) -> int:
+    @property
+    def segment_count(self) -> int:
         """Segments that the last look-up has seen."""
         return len(self._segments)
 
@@ -104,17 +105,17 @@ class TextCache:
                 continue
             if not row_bytes:
                 words, row_bytes = np.zeros((len(keys), segment.words.shape[1]), np.uint64), segment.row_bytes
-            places = order[left[hit]]
+            places, rows = order[left[hit]], rows[hit]
             try:
                 # In blocks that stay in the processor's cache: new memory of the size of everything is what costs most.
                 for start in range(0, len(places), _BLOCK_ROWS):
                     block = places[start : start + _BLOCK_ROWS]
-                    status[block], words[block] = segment.read(rows[hit][start : start + _BLOCK_ROWS])
+                    status[block], words[block] = segment.read(rows[start : start + _BLOCK_ROWS])
             except InputError as error:
                 drop_damaged(segment.path, error)
                 continue
             found[places] = True
-            segment.mark_used(rows[hit], now)
+            segment.mark_used(rows, now)
             left = left[~hit]
             if not len(left):
                 break
@@ -174,7 +175,7 @@ def open_cache(folder: str | Path, encoder: str, dtype: str) -> TextCache:
     check_dtype(dtype)
     root = Path(folder)
     told = f"{_FORMAT} {encoder} {dtype}".encode()
-    namespace = hashlib.blake2b(told, digest_size=_NAMESPACE_BYTES).digest()
+    namespace = hashlib.blake2b(told, digest_size=NAMESPACE_BYTES).digest()
     return TextCache(root / namespace.hex(), read_key(root), namespace, dtype)
 
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from flipkd.data.commit import writing
 from flipkd.vectors.cache import (
     KEY_FILE,
+    NAMESPACE_BYTES,
     TextCache,
     cache_lock,
     drop_damaged,
@@ -109,8 +110,10 @@ def forget_texts(root: Path, texts: pa.LargeStringArray) -> int:
 
 def _namespaces(root: Path, key: bytes) -> Iterator[tuple[Path, SegmentKind]]:
     for folder in sorted(root.iterdir()):
-        if folder.is_dir():
-            yield folder, kind_of(key, bytes.fromhex(folder.name))
+        with suppress(ValueError):  # a folder that is not ours
+            namespace = bytes.fromhex(folder.name)
+            if folder.is_dir() and len(namespace) == NAMESPACE_BYTES:
+                yield folder, kind_of(key, namespace)
 
 
 def _all_of(folder: Path, kind: SegmentKind) -> list[Segment]:

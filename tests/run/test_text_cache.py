@@ -20,7 +20,7 @@ from click.testing import CliRunner
 
 from flipkd.cli import main
 from flipkd.config import EncodeConfig, EncoderOptions, ScoreConfig, TeachConfig
-from flipkd.errors import ConfigError
+from flipkd.errors import ConfigError, OutputError
 from flipkd.models import encoder as encoder_module
 from flipkd.run import cached_encoder
 from flipkd.run.encode import encode
@@ -98,6 +98,18 @@ def test_a_night_without_changes_loads_no_model(
     monkeypatch.setattr(encoder_module, "load_encoder", refuse)
     assert counts(encode(replace(task, output=str(tmp_path / "again")))) == (0, RECORDS)
     assert same_stores(task.output, str(tmp_path / "again"))
+
+
+def test_a_cache_that_cannot_be_compacted_is_a_warning(
+    task: EncodeConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object) -> None:
+        raise OutputError("cannot write the cache: No space left on device")
+
+    monkeypatch.setattr("flipkd.run.encode.tidy", full)
+    assert encode(task)["complete"]
+    assert "No space left on device" in caplog.text
+    assert VectorStore.open(task.output).header["rows"] == RECORDS
 
 
 def test_missing_invalid_and_truncated_texts_keep_their_marks(world: World, task: EncodeConfig, tmp_path: Path) -> None:
@@ -350,7 +362,9 @@ def test_a_cache_of_many_segments_is_merged_on_the_way(
     monkeypatch.setattr(cached_encoder, "_MANY_SEGMENTS", 3)
     merged = []
     original = cached_encoder.compact_if_free
-    monkeypatch.setattr(cached_encoder, "compact_if_free", lambda cache: (merged.append(len(cache)), original(cache)))
+    monkeypatch.setattr(
+        cached_encoder, "compact_if_free", lambda cache: (merged.append(cache.segment_count), original(cache))
+    )
     encode(replace(task, rows_per_unit=5))
     assert merged
     assert max(merged) <= 5

@@ -477,6 +477,8 @@ class TestForget:
 
     def test_the_last_row_of_a_segment(self, cache: TextCache) -> None:
         put(cache, [1])
+        for name in ("not ours", "ab", "cd" * 16):
+            (cache.folder.parent / name).mkdir()
         assert forget_texts(cache.folder.parent, texts_of([1])) == 1
         assert segment_paths(cache.folder) == []
 
