@@ -7,7 +7,8 @@ differ by as much as encoding there would.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,7 @@ class EncodedRows:
         status: [N] uint8, bits of STATUS_*.
         encoded: texts that the model has read; ``tokens`` is how many tokens it saw.
         cached: texts that were in the cache.
+        load_seconds: that this call took to load the model.
     """
 
     rows: VectorRows
@@ -45,6 +47,7 @@ class EncodedRows:
     encoded: int
     tokens: int
     cached: int
+    load_seconds: float
 
 
 class CachedEncoder:
@@ -61,30 +64,38 @@ class CachedEncoder:
 
     def __init__(self, options: EncoderOptions, dtype: VectorDtype, cache: TextCache | None, threads: int) -> None:
         self._options, self._dtype, self._cache, self._threads = options, dtype, cache, threads
+        self._load_seconds = 0.0
         self._loaded: Encoder | None = None if cache is not None else self._load()
 
     def rows(self, texts: pa.LargeStringArray) -> EncodedRows:
         """Rows of N normalised texts, none of them null. What was encoded is in the cache when this returns."""
+        found = self._rows(texts)
+        load_seconds, self._load_seconds = self._load_seconds, 0.0
+        return replace(found, load_seconds=load_seconds)
+
+    def _rows(self, texts: pa.LargeStringArray) -> EncodedRows:
         if self._cache is None:
             rows, status, tokens = self._encode(texts)
-            return EncodedRows(rows, status, len(texts), tokens, 0)
+            return EncodedRows(rows, status, len(texts), tokens, 0, 0.0)
         keys = self._cache.keys(texts)
         hits = self._cache.look_up(keys)
         if hits.rows is not None and hits.found.all():
-            return EncodedRows(hits.rows, hits.status, 0, 0, len(texts))
+            return EncodedRows(hits.rows, hits.status, 0, 0, len(texts), 0.0)
         missing = np.flatnonzero(~hits.found)
         fresh, fresh_status, tokens = self._encode(texts.take(pa.array(missing)))
         self._cache.put(keys[missing], fresh, fresh_status)
         if self._cache.segment_count >= _MANY_SEGMENTS:
             compact_if_free(self._cache)
         if hits.rows is None:
-            return EncodedRows(fresh, fresh_status, len(missing), tokens, 0)
+            return EncodedRows(fresh, fresh_status, len(missing), tokens, 0, 0.0)
         hits.rows.values[missing], hits.status[missing] = fresh.values, fresh_status
-        return EncodedRows(hits.rows, hits.status, len(missing), tokens, len(texts) - len(missing))
+        return EncodedRows(hits.rows, hits.status, len(missing), tokens, len(texts) - len(missing), 0.0)
 
     def _encode(self, texts: pa.LargeStringArray) -> tuple[VectorRows, NDArray[np.uint8], int]:
         if self._loaded is None:
+            started = time.perf_counter()
             self._loaded = self._load()
+            self._load_seconds = time.perf_counter() - started
         encoded = self._loaded.encode_texts(texts.to_pylist(), max_tokens=self._options.max_tokens)
         status = np.where(encoded.truncated, STATUS_TRUNCATED, 0).astype(np.uint8)
         return quantise(encoded.vectors, self._dtype), status, int(encoded.tokens.sum())

@@ -207,7 +207,7 @@ class EncodeWorker:
 
     def __call__(self, unit: WorkUnit) -> UnitReport:
         """Runs one unit."""
-        seconds = {"read": 0.0, "encode": 0.0, "write": 0.0}
+        seconds = {"read": 0.0, "load": 0.0, "encode": 0.0, "write": 0.0}
         config = self._config
         started = time.perf_counter()
         columns = list(dict.fromkeys([config.id_column, *template_fields(config.text_template)]))
@@ -224,7 +224,8 @@ class EncodeWorker:
         status = np.full(len(texts.values), STATUS_MISSING_TEXT, np.uint8)
         status[present] = encoded.status
         status[texts.invalid] = STATUS_INVALID_TEXT
-        seconds["encode"] = time.perf_counter() - started
+        seconds["load"] = encoded.load_seconds
+        seconds["encode"] = time.perf_counter() - started - encoded.load_seconds
 
         started = time.perf_counter()
         digests = text_digests(texts.values, bytes.fromhex(self._run))
