@@ -98,6 +98,8 @@ class EncodeConfig:
         text_column: the record's text; not with ``template``.
         template: several columns as one text, as in ``{name} | {address}``.
         dtype: number format of the stored vectors.
+        cache: folder of the text cache (below it, ``texts``): texts that are in it are not encoded again.
+        cache_limit_bytes: size of the text cache at most; what was not used for longest is dropped.
         rows_per_unit: records in one work unit.
     """
 
@@ -108,12 +110,15 @@ class EncodeConfig:
     text_column: str = "text"
     template: str | None = None
     dtype: VectorDtype = "int8"
+    cache: str | None = None
+    cache_limit_bytes: int | None = None
     rows_per_unit: int = 50_000
     run: RunOptions = field(default_factory=RunOptions)
 
     def __post_init__(self) -> None:
         _check_dtype(self.dtype)
         _check_positive("rows-per-unit", self.rows_per_unit)
+        _check_cache(self.cache, self.cache_limit_bytes)
 
     @property
     def text_template(self) -> str:
@@ -134,7 +139,8 @@ class ScoreConfig:
         encoder: encodes ``records`` or the inline texts first.
         records: record table of the left (and right) records; ``right_records`` of the right ones where they differ.
         id_column, text_column, template, dtype: as in ``EncodeConfig``.
-        cache: folder that keeps the stores made from ``records`` (None: they are deleted at the end).
+        cache: folder that keeps the stores made from ``records`` (None: they are deleted at the end), and the text
+            cache; ``cache_limit_bytes`` as in ``EncodeConfig``, for the text cache alone.
         threshold: adds the column ``match``: probability (with a calibration, else score) at least this.
         min_score: only pairs with at least this score are written.
         top_k: only the K best pairs of each left record are written.
@@ -161,6 +167,7 @@ class ScoreConfig:
     template: str | None = None
     dtype: VectorDtype = "int8"
     cache: str | None = None
+    cache_limit_bytes: int | None = None
     threshold: float | None = None
     min_score: float | None = None
     top_k: int | None = None
@@ -172,6 +179,7 @@ class ScoreConfig:
     def __post_init__(self) -> None:
         _check_dtype(self.dtype)
         _check_positive("rows-per-unit", self.rows_per_unit)
+        _check_cache(self.cache, self.cache_limit_bytes)
         if self.top_k is not None:
             _check_positive("top-k", self.top_k)
         for name in ("threshold", "min_score"):
@@ -222,6 +230,7 @@ class TeachConfig:
         id_column, text_column, template: as in ``EncodeConfig``.
         label_column: labels; checked before any work (1 or 0 as integer, float, boolean or string; null is allowed) and
             passed through. It may be absent under its default name.
+        cache, cache_limit_bytes: as in ``EncodeConfig``; for a bi-encoder, whose vectors are float32 here.
         rows_per_unit: pairs in one work unit.
     """
 
@@ -238,11 +247,14 @@ class TeachConfig:
     text_column: str = "text"
     template: str | None = None
     label_column: str = DEFAULT_LABEL_COLUMN
+    cache: str | None = None
+    cache_limit_bytes: int | None = None
     rows_per_unit: int = 20_000
     run: RunOptions = field(default_factory=RunOptions)
 
     def __post_init__(self) -> None:
         _check_positive("rows-per-unit", self.rows_per_unit)
+        _check_cache(self.cache, self.cache_limit_bytes)
         if self.right_records is not None and self.records is None:
             raise ConfigError("--right-records needs --records")
         if self.left_text == self.right_text:
@@ -262,6 +274,13 @@ class TeachConfig:
 
 def _text_template(template: str | None, text_column: str) -> str:
     return template if template is not None else f"{{{text_column}}}"
+
+
+def _check_cache(cache: str | None, limit_bytes: int | None) -> None:
+    if limit_bytes is not None:
+        _check_positive("cache-limit", limit_bytes)
+        if cache is None:
+            raise ConfigError("--cache-limit needs --cache")
 
 
 def _check_dtype(dtype: str) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import click
 
 from flipkd.cli.options import (
+    cache_options,
     common_options,
     encoder_options,
     print_values,
@@ -24,16 +26,27 @@ from flipkd.config import EncodeConfig, ScoreConfig
 @click.option("--encoder", required=True, help="A sentence-transformers bi-encoder folder.")
 @click.option("--records", required=True, help="Parquet file or folder.")
 @click.option("--output", required=True, help="Folder of the vector store (local).")
+@click.option("--forget", metavar="IDS", help="Delete what was made of these records (a file of ids), and stop.")
+@cache_options
 @records_options
 @encoder_options
 @run_options
 @common_options
-def encode(as_json: bool, log_level: str, **options: Any) -> None:
+def encode(as_json: bool, log_level: str, forget: str | None, **options: Any) -> None:
     """Turn a record table into a memory-mapped vector store."""
     set_up_logging(log_level)
+    config = EncodeConfig(encoder=take_encoder(options), run=take_run(options), **options)
+    if forget is not None:
+        from flipkd.run.forget import forget as run_forget
+
+        found = run_forget(config, forget)
+        print_values(found, as_json)
+        if found["ids_not_found"]:
+            click.echo("partial: some ids are not in the records; the cache may hold vectors of their texts", err=True)
+            sys.exit(3)
+        return
     from flipkd.run.encode import encode as run
 
-    config = EncodeConfig(encoder=take_encoder(options), run=take_run(options), **options)
     report_job(run(config), config.output, as_json)
 
 
@@ -49,7 +62,6 @@ def encode(as_json: bool, log_level: str, **options: Any) -> None:
 @click.option("--encoder", help="Encoder for --records, or for inline texts.")
 @click.option("--records", help="Record table of the left (and right) records.")
 @click.option("--right-records", help="Record table of the right records.")
-@click.option("--cache", help="Folder that keeps the stores made from --records.")
 @click.option("--threshold", type=float, help="Add the column match: at least this probability (or score).")
 @click.option("--min-score", type=float, help="Write only pairs with at least this score.")
 @click.option("--top-k", type=int, help="Write only the K best pairs of each left record.")
@@ -59,6 +71,7 @@ def encode(as_json: bool, log_level: str, **options: Any) -> None:
 @click.option("--calibration", help="calibration.json of evaluate: add the column probability.")
 @click.option("--rows-per-unit", type=int, default=4_000_000, show_default=True, help="Pairs in one work unit.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@cache_options
 @records_options
 @encoder_options
 @run_options

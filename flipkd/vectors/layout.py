@@ -13,6 +13,8 @@ from flipkd.vectors.rows import STORAGE, check_dtype
 
 FORMAT_VERSION = 1
 HEADER_FILE = "store.json"
+STORE_FILES = ("vectors.bin", "status.bin", "ids.bin", "offsets.bin", "slots.bin")  # some stores have no ids of bytes
+SEALING_FOLDER = ".sealing"  # where a store is made
 
 STATUS_MISSING_TEXT = 1  # null or empty text: the vector is zero
 STATUS_TRUNCATED = 2  # the text was longer than the encoder's max length

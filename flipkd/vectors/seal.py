@@ -36,7 +36,6 @@ from flipkd.vectors.rows import STORAGE, check_dtype
 SOURCE_KEY = b"flipkd.source"
 DIGEST_BYTES = 16
 
-_SEALING = ".sealing"
 _DIGESTS = "digests.bin"  # lives only while sealing
 
 
@@ -72,7 +71,7 @@ def seal_store(
     """
     folder = Path(path)
     check_dtype(header["dtype"])
-    sealing = folder / _SEALING
+    sealing = folder / layout.SEALING_FOLDER
     plan = _plan(parts, header)
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -5,6 +5,7 @@ Clusters are real: three ``ray start`` nodes on this machine, the head without C
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import signal
@@ -187,6 +188,16 @@ def test_encode_and_inline_texts_on_ray_give_the_bytes_of_one_process(
     ]  # fmt: skip
     subprocess.run(run, check=True, timeout=240, env=ENVIRONMENT)
     assert contents(tmp_path / "there") == contents(tmp_path / "here")
+    # A worker puts its texts into the cache; the next job's worker finds them there.
+    encoded = []
+    for name in ("cached", "again"):
+        run[run.index("--output") + 1] = str(tmp_path / name)
+        cached = [*run, "--cache", str(tmp_path / "cache"), "--json"]
+        done = subprocess.run(cached, check=True, timeout=240, env=ENVIRONMENT, capture_output=True, text=True)
+        encoded.append(json.loads(done.stdout)["stages"]["encode"]["counts"])
+        assert contents(tmp_path / name) == contents(tmp_path / "here")
+    assert encoded[0]["encoded_texts"] == encoded[1]["cached_texts"] == encoded[0]["distinct_texts"]
+    assert "encoded_texts" not in encoded[1]
 
 
 def test_ray_local_gives_the_same_bytes(world: World, make_pairs: MakePairs, tmp_path: Path) -> None:

@@ -1,0 +1,146 @@
+"""Forget records: their vectors leave the text cache, and stores that hold them are deleted.
+
+A vector is found by its text, so the records must still be in the table. The texts that a record had on earlier nights
+are not known from its table of today: run this with the older table too, or delete the cache, which costs no more than
+encoding anew. Run it while no job uses the cache or the store.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from flipkd.config import EncodeConfig
+from flipkd.data.commit import writing
+from flipkd.data.location import Location, open_location, reason
+from flipkd.data.records import render_texts, template_fields
+from flipkd.data.shards import PARQUET_SUFFIXES, ShardReader, find_shards
+from flipkd.errors import InputError
+from flipkd.run.cached_encoder import cache_root
+from flipkd.run.encode import PARTS
+from flipkd.run.manifest import MANIFEST
+from flipkd.run.output import locked, remove_folder
+from flipkd.vectors.cache_tidy import forget_texts
+from flipkd.vectors.id_types import check_id_type, plain
+from flipkd.vectors.layout import HEADER_FILE, SEALING_FOLDER, STORE_FILES
+from flipkd.vectors.store import VectorStore, is_sealed
+
+_INTEGER = re.compile(rb"-?[0-9]{1,20}")
+_BATCH_ROWS = 1 << 16
+
+
+def forget(config: EncodeConfig, ids: str) -> dict[str, Any]:
+    """Deletes what was made of some records.
+
+    From the text cache the vectors of their texts go, for every encoder that has seen them; another record of the same
+    text is encoded anew when it is next met. A store, ``output`` or one that ``score`` keeps in the cache folder, is
+    deleted whole if it holds one of the records (our choice: ids and their index go too, and with the cache it is made
+    again in a fraction of the time), and so are unfinished stores and the work of broken-off runs in the cache folder.
+
+    Args:
+        config: of ``encode``: ``records``, ``id_column``, text or template, ``output`` and ``cache`` say where to look.
+        ids: a Parquet file with the ids in ``id_column`` (or in its only column), or a text file with one id a line.
+
+    Returns:
+        ``ids``, ``ids_not_found`` (not in the records, so nothing of them was looked for in the cache),
+        ``deleted_vectors`` (from the cache) and ``deleted_stores``.
+
+    Raises:
+        ConfigError: an id does not fit the records' ids, or an option cannot be used.
+        InputError: the ids or the records cannot be read.
+        OutputError: something cannot be deleted.
+        OutputInUseError: a job is working on one of the stores.
+    """
+    wanted = _read_ids(ids, config.id_column)
+    texts, known = _texts_of(open_location(config.records), config, wanted)
+    stores, deleted = [open_location(config.output)], 0
+    if config.cache is not None:
+        root = cache_root(config.cache)
+        kept = sorted(path for path in root.parent.glob("*-*") if path.is_dir())
+        stores += [open_location(path) for path in kept if path.name.startswith("store-")]
+        for path in kept:
+            if path.name.startswith("work-"):
+                remove_folder(open_location(path))
+        deleted = forget_texts(root, texts)
+    return {
+        "ids": len(wanted),
+        "ids_not_found": len(wanted) - known,
+        "deleted_vectors": deleted,
+        "deleted_stores": sum(_forget_store(store, wanted) for store in stores),
+    }
+
+
+def _read_ids(path: str, column: str) -> pa.Array:
+    """The distinct ids of a file, in the form of ``_comparable``."""
+    location = open_location(path)
+    if path.lower().endswith(PARQUET_SUFFIXES):
+        with ShardReader(location, find_shards(location)[0]) as reader:
+            name = reader.schema.names[0] if len(reader.schema.names) == 1 else column
+            ids = _comparable(pa.concat_tables(reader.all_batches([name], _BATCH_ROWS)).column(0), name)
+    else:
+        try:
+            with location.filesystem.open_input_stream(location.path) as source:
+                lines = source.read().splitlines()
+        except OSError as error:
+            raise InputError(f"--forget {path} cannot be read: {reason(error)}") from error
+        ids = pa.array([line for line in lines if line.strip()], pa.large_binary())
+    return pc.unique(ids).drop_null()
+
+
+def _comparable(ids: pa.ChunkedArray, column: str) -> pa.Array:
+    """[N] large_binary: strings and binaries as they are, integers in decimal digits."""
+    check_id_type(ids.type, column)
+    array = plain(pa.concat_arrays(ids.chunks) if ids.num_chunks else pa.nulls(0, ids.type))
+    if pa.types.is_dictionary(array.type):
+        array = plain(array.dictionary_decode())
+    if pa.types.is_integer(array.type):
+        array = array.cast(pa.large_string())
+    return array.cast(pa.large_binary())
+
+
+def _texts_of(records: Location, config: EncodeConfig, wanted: pa.Array) -> tuple[pa.Array, int]:
+    """The distinct texts of the wanted records, and how many of the ids were found."""
+    columns = list(dict.fromkeys([config.id_column, *template_fields(config.text_template)]))
+    texts, known = [pa.array([], pa.large_string())], [pa.array([], pa.large_binary())]
+    for shard in find_shards(records):
+        with ShardReader(records, shard) as reader:
+            for table in reader.all_batches(columns, _BATCH_ROWS):
+                ids = _comparable(table.column(config.id_column), config.id_column)
+                chosen = pc.is_in(ids, value_set=wanted)
+                known.append(ids.filter(chosen))
+                texts.append(render_texts(table.filter(chosen), config.text_template).values.drop_null())
+    return pc.unique(pa.concat_arrays(texts)), len(pc.unique(pa.concat_arrays(known)))
+
+
+def _forget_store(store: Location, wanted: pa.Array) -> bool:
+    """Deletes a store that holds one of the ids, or is not finished; whether there was one."""
+    folder = Path(store.path)
+    has_parts = folder.joinpath(PARTS).is_dir()
+    if not (is_sealed(folder) or has_parts):
+        return False
+    with locked(store):
+        if is_sealed(folder) and not has_parts:
+            index = VectorStore.open(folder).index
+            if not len(wanted) or (index.look_up(_as_stored(wanted, index.kind)) < 0).all():
+                return False
+        with writing(store.uri):
+            (folder / HEADER_FILE).unlink(missing_ok=True)  # first: without it nobody takes the rest for a store
+            for name in (*STORE_FILES, MANIFEST):
+                (folder / name).unlink(missing_ok=True)
+        remove_folder(store.child(PARTS))
+        remove_folder(store.child(SEALING_FOLDER))
+    return True
+
+
+def _as_stored(wanted: pa.Array, kind: str) -> pa.Array:
+    """The ids that a store of this kind can hold, in its type."""
+    if kind not in ("int64", "uint64"):
+        return wanted
+    bounds = np.iinfo(kind)
+    numbers = [int(value) for value in wanted.to_pylist() if _INTEGER.fullmatch(value)]
+    return pa.array([number for number in numbers if bounds.min <= number <= bounds.max], pa.type_for_alias(kind))
