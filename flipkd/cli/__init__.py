@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from flipkd.cli import batch, demo, export, teach, train
+from flipkd.cli import batch, demo, export, rescore, teach, train
 from flipkd.errors import FlipkdError
 
 
@@ -27,5 +27,14 @@ def main() -> None:
     """Distil an encoder from a teacher, and score candidate pairs of records with it, Parquet to Parquet."""
 
 
-for _command in (batch.encode, batch.score, batch.status, teach.teach, train.train, export.export, demo.demo):
+for _command in (
+    batch.encode,
+    batch.score,
+    batch.status,
+    teach.teach,
+    train.train,
+    export.export,
+    rescore.rescore,
+    demo.demo,
+):
     main.add_command(_command)

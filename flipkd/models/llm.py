@@ -16,9 +16,9 @@ from typing import Protocol
 
 import numpy as np
 
-from flipkd.config import LlmOptions
 from flipkd.errors import ConfigError, ModelError
 from flipkd.models.folder import files_fingerprint, find_folder
+from flipkd.models.llm_options import LlmOptions
 from flipkd.models.llm_prompt import TRAINED_PROMPT, PromptedPairs, PromptTokenizer, pair_prompt, read_prompt
 from flipkd.models.parallel import not_finite
 from flipkd.models.settings import read_json

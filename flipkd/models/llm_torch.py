@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flipkd.config import LlmOptions
 from flipkd.models.adapter import load_decoder
 from flipkd.models.backbone import load_pretrained
 from flipkd.models.encoder import check_options, find_device
 from flipkd.models.llm import LlmFolder
+from flipkd.models.llm_options import LlmOptions
 from flipkd.models.llm_prompt import PairPrompt, PromptedPairs
 
 # Tokens of a batch, keys and values of its prefixes included: what bounds memory. By measurement on two cores; a guess

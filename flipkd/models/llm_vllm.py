@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from flipkd.config import LlmOptions
 from flipkd.errors import ConfigError, ModelError
 from flipkd.models.llm import LlmFolder
+from flipkd.models.llm_options import LlmOptions
 from flipkd.models.llm_prompt import PromptedPairs, PromptTokenizer
 
 _DTYPES = {"float32": "float32", "bf16": "bfloat16"}

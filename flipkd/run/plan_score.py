@@ -119,7 +119,7 @@ def plan_score(config: ScoreConfig) -> ScorePlan:
         unit_name="pairs",
         uses_model=False,
         output_bytes=_output_bytes(config, plan),
-        about={"columns": list(config.columns) if config.columns else None},
+        about={"columns": list(config.columns) if config.columns else None, "threshold": config.threshold},
     )
     return ScorePlan(config, encodes, task, job)
 
