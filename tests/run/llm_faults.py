@@ -1,4 +1,4 @@
-"""`flipkd-batch` with an engine that dies in the middle of a unit: `python -m tests.run.llm_faults NAME rescore ...`."""
+"""`flipkd-batch` whose engine dies in the middle of a unit: `python -m tests.run.llm_faults NAME rescore ...`."""
 
 from __future__ import annotations
 

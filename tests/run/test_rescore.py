@@ -150,9 +150,7 @@ def test_selection_is_a_stable_sort(
     plan = plan_units(location, find_shards(location), unit_rows, "", split_row_groups=True)
     column = ScoreColumn(location, "p", False)
     nearest, pairs, scored = select_nearest(column, plan.units, 0.5, lambda rows: min(rows, wanted), 2)
-    chosen = [
-        nearest.chosen(np.concatenate([*column.values(unit), np.empty(0)]), unit.output) for unit in plan.units
-    ]
+    chosen = [nearest.chosen(np.concatenate([*column.values(unit), np.empty(0)]), unit.output) for unit in plan.units]
     known = [place for place, value in enumerate(values) if value is not None]
     order = sorted(known, key=lambda place: float(np.float32(abs(float(values[place]) - 0.5))))  # type: ignore[arg-type]
     assert (pairs, scored) == (min(wanted, len(known)), len(known))
@@ -211,7 +209,7 @@ def test_texts_come_from_record_tables(
     for name in ("left", "right"):
         texts = inline.column(f"{name}_text").to_pylist()
         kept = [row for row in range(2 * ROWS) if row != 3 or name == "left"]
-        table = {"id": [row for row in kept], "text": [None if row == 5 else texts[row] for row in kept]}
+        table = {"id": list(kept), "text": [None if row == 5 else texts[row] for row in kept]}
         pq.write_table(pa.table(table), tmp_path / f"{name}.parquet")
     tables = {"records": str(tmp_path / "left.parquet"), "right_records": str(tmp_path / "right.parquet")}
     rescore(config(folder, llm_dir, output, band=(0.0, 1.0), threshold=0.5, **tables))
@@ -280,8 +278,8 @@ def test_a_threshold_that_nobody_knows_is_asked_for(make_scores: MakeScores, llm
     scores = make_scores(threshold=None)
     with pytest.raises(ConfigError, match="--threshold"):
         rescore(config(scores, llm_dir, tmp_path / "out"))
+    rescore(config(scores, llm_dir, tmp_path / "out", threshold=0.5))
     with pytest.raises(ConfigError, match="already"):
-        rescore(config(scores, llm_dir, tmp_path / "out", threshold=0.5))
         rescore(config(tmp_path / "out", llm_dir, tmp_path / "again", threshold=0.5))
 
 
