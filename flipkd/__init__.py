@@ -20,11 +20,15 @@ if TYPE_CHECKING:
     from flipkd.distill.train import train as train
     from flipkd.models.encoder import load_encoder as load_encoder
     from flipkd.models.export import export as export
+    from flipkd.models.llm import load_llm as load_llm
+    from flipkd.models.llm_options import LlmOptions as LlmOptions
     from flipkd.models.options import StudentOptions as StudentOptions
     from flipkd.report.config import EvaluateConfig as EvaluateConfig
     from flipkd.report.evaluate import evaluate as evaluate
     from flipkd.run.encode import encode as encode
     from flipkd.run.pipeline import score as score
+    from flipkd.run.rescore import rescore as rescore
+    from flipkd.run.rescore_config import RescoreConfig as RescoreConfig
     from flipkd.run.teach import teach as teach
     from flipkd.vectors.rows import VectorRows as VectorRows
     from flipkd.vectors.rows import quantise as quantise
@@ -36,7 +40,9 @@ _HOMES = {
     "EncodeConfig": ("flipkd.config", "EncodeConfig"),
     "EncoderOptions": ("flipkd.config", "EncoderOptions"),
     "EvaluateConfig": ("flipkd.report.config", "EvaluateConfig"),
+    "LlmOptions": ("flipkd.models.llm_options", "LlmOptions"),
     "LossOptions": ("flipkd.distill.config", "LossOptions"),
+    "RescoreConfig": ("flipkd.run.rescore_config", "RescoreConfig"),
     "RunOptions": ("flipkd.config", "RunOptions"),
     "ScoreConfig": ("flipkd.config", "ScoreConfig"),
     "StudentOptions": ("flipkd.models.options", "StudentOptions"),
@@ -48,7 +54,9 @@ _HOMES = {
     "evaluate": ("flipkd.report.evaluate", "evaluate"),
     "export": ("flipkd.models.export", "export"),
     "load_encoder": ("flipkd.models.encoder", "load_encoder"),
+    "load_llm": ("flipkd.models.llm", "load_llm"),
     "quantise": ("flipkd.vectors.rows", "quantise"),
+    "rescore": ("flipkd.run.rescore", "rescore"),
     "score": ("flipkd.run.pipeline", "score"),
     "score_pairs": ("flipkd.api", "score_pairs"),
     "teach": ("flipkd.run.teach", "teach"),

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from flipkd.cli import batch, demo, evaluate, export, teach, train
+from flipkd.cli import batch, demo, evaluate, export, rescore, teach, train
 from flipkd.errors import FlipkdError
 
 
@@ -30,6 +30,7 @@ def main() -> None:
 for _command in (
     batch.encode,
     batch.score,
+    rescore.rescore,
     evaluate.evaluate,
     batch.status,
     teach.teach,

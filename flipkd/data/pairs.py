@@ -15,9 +15,19 @@ from flipkd.vectors.layout import STATUS_INVALID_TEXT, STATUS_MISSING_TEXT, STAT
 if TYPE_CHECKING:
     from flipkd.vectors.store import VectorStore
 
-# Why a pair has no score; the code is the position. A pair with several reasons gives the first.
-REASONS: tuple[str | None, ...] = (None, "missing_id", "missing_record", "invalid_text", "missing_text")
+# Why a pair has no score; the code is the position. A pair with several reasons gives the first. The last two are for
+# ``rescore`` alone: a pair that has no score to begin with, and one that is far from the threshold.
+REASONS: tuple[str | None, ...] = (
+    None,
+    "missing_id",
+    "missing_record",
+    "invalid_text",
+    "missing_text",
+    "not_scored",
+    "not_selected",
+)
 _MISSING_ID, _MISSING_RECORD, _INVALID_TEXT, _MISSING_TEXT = 1, 2, 3, 4
+NOT_SCORED, NOT_SELECTED = 5, 6
 
 Rows = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 

@@ -23,7 +23,7 @@ from flipkd.distill.checkpoint import Progress, load_checkpoint, save_checkpoint
 from flipkd.distill.config import TrainConfig
 from flipkd.distill.data import BatchOrder, TrainingPairs, hold_out, read_training_pairs
 from flipkd.distill.gradients import Workers, backward_vectors
-from flipkd.distill.language_model import JointPrompt, backward_language_model
+from flipkd.distill.language_model import backward_language_model
 from flipkd.distill.objective import Batch, batch_loss, check_objective
 from flipkd.distill.picture import draw_learning_curve
 from flipkd.distill.run_folder import RunFolder
@@ -31,6 +31,7 @@ from flipkd.distill.start import whiten_projection
 from flipkd.distill.validation import deciding_value, validate
 from flipkd.errors import ConfigError, ModelError
 from flipkd.models.adapter import base_fingerprint, new_student
+from flipkd.models.llm_prompt import TRAINED_PROMPT, pair_prompt
 from flipkd.models.student import Student
 from flipkd.run.job import available_cores
 from flipkd.run.manifest import versions
@@ -163,7 +164,7 @@ class _Training:
         self._optimizer = torch.optim.AdamW(
             self._parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
-        self._prompt = JointPrompt.of(student) if config.loss.trains_language_model else None
+        self._prompt = pair_prompt(TRAINED_PROMPT, student.tokenizer) if config.loss.trains_language_model else None
 
     def run(self) -> None:
         """From the last checkpoint to the last step."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,16 @@ def new_student(options: StudentOptions, device: str = "cpu", seed: int = 0) -> 
         ConfigError: an option does not fit the base.
         ModelError: the base cannot be loaded, or is of another family.
     """
+    base, tokenizer, layer, fingerprint = _load_base(options)
+    blocks = len(base.model.layers) if options.whole_tower else layer
+    return Student(options, layer, _with_lora(base, options, layer, blocks, seed).to(device), tokenizer, fingerprint)
+
+
+def _with_lora(base: Any, options: StudentOptions, layer: int, blocks: int, seed: int = 0) -> Any:
+    """The base with fresh LoRA in its first ``blocks`` blocks, and in layer k's projection."""
     from peft import LoraConfig, TaskType, get_peft_model
 
-    base, tokenizer, layer, fingerprint = _load_base(options)
     own = f"{options.projection}_proj"
-    blocks = len(base.model.layers) if options.whole_tower else layer
     numbers = "|".join(str(number) for number in range(blocks))
     targets = "|".join(options.target_modules)
     head = rf"layers\.{layer}\.self_attn\.{own}"
@@ -54,8 +59,7 @@ def new_student(options: StudentOptions, device: str = "cpu", seed: int = 0) -> 
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by a name that is on its way out
         torch.manual_seed(seed)
-        model = get_peft_model(base, config).to(device)
-    return Student(options, layer, model, tokenizer, fingerprint)
+        return get_peft_model(base, config)
 
 
 def save_student(student: Student, folder: str | Path) -> None:
@@ -79,15 +83,53 @@ def load_student(folder: str | Path, base: str | None = None, device: str = "cpu
     Raises:
         ModelError: a file or a weight is missing, or the base is not the one that was trained.
     """
+    options, _, weights = _read_adapter(Path(folder), base)
+    student = new_student(options, device)
+    load_adapter_weights(student, weights, str(Path(folder) / WEIGHTS_FILE))
+    return student
+
+
+def load_decoder(folder: str | Path, base: str | None = None, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """The whole base with a student's adapter merged into it: what answers, where ``load_student`` encodes.
+
+    Args:
+        folder, base: as for ``load_student``.
+        dtype: of its weights and arithmetic; the merge itself is float32.
+
+    Returns:
+        A plain transformers model on the CPU, and its tokenizer.
+
+    Raises:
+        ModelError: as ``load_student``.
+    """
+    path = Path(folder)
+    options, layer, weights = _read_adapter(path, base)
+    whole = replace(options, layer=layer, whole_tower=True, dtype="float32")
+    model, tokenizer, _, _ = _load_base(whole, attention="sdpa")
+    adapted = _with_lora(model, options, layer, len(model.model.layers) if options.whole_tower else layer)
+    _put_weights(adapted, weights, str(path / WEIGHTS_FILE))
+    return adapted.merge_and_unload().to(dtype).eval(), tokenizer
+
+
+def adapter_base(folder: str | Path) -> StudentOptions:
+    """Of what a student's folder says it was made, once its base has been checked.
+
+    Raises:
+        ModelError: as ``load_student``.
+    """
+    return _read_adapter(Path(folder), None)[0]
+
+
+def _read_adapter(path: Path, base: str | None) -> tuple[StudentOptions, int, dict[str, Tensor]]:
+    """Options, layer k and weights of a student's folder; its base is the one that was trained."""
     from safetensors.torch import load_file
 
-    path = Path(folder)
     try:
         facts = json.loads((path / STUDENT_FILE).read_text())
         values = {**facts["options"], "target_modules": tuple(facts["options"]["target_modules"])}
         options = StudentOptions(**{**values, "folder": base or values["folder"]})
         weights = load_file(path / WEIGHTS_FILE)
-        wanted = facts["base_fingerprint"]
+        wanted, layer = facts["base_fingerprint"], int(facts["layer"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path} holds no whole student: {type(error).__name__}: {error}") from error
     except Exception as error:  # safetensors raises an exception class of its own
@@ -98,16 +140,18 @@ def load_student(folder: str | Path, base: str | None = None, device: str = "cpu
             f"{path}: was trained on another base than {options.folder} (its fingerprint is {wanted[:12]}, not "
             f"{found[:12]}); name the folder of the right one"
         )
-    student = new_student(options, device)
-    load_adapter_weights(student, weights, str(path / WEIGHTS_FILE))
-    return student
+    return options, layer, weights
 
 
 def adapter_weights(student: Student) -> dict[str, Tensor]:
     """LoRA's weights under the names that PEFT stores them by."""
+    return _weights_of(student.model)
+
+
+def _weights_of(model: Any) -> dict[str, Tensor]:
     from peft import get_peft_model_state_dict
 
-    found: dict[str, Tensor] = get_peft_model_state_dict(student.model)
+    found: dict[str, Tensor] = get_peft_model_state_dict(model)
     return found
 
 
@@ -117,16 +161,20 @@ def load_adapter_weights(student: Student, weights: dict[str, Tensor], source: s
     Raises:
         ModelError: one is missing, of another shape, or unknown.
     """
+    _put_weights(student.model, weights, source)
+
+
+def _put_weights(model: Any, weights: dict[str, Tensor], source: str) -> None:
     from peft import set_peft_model_state_dict
 
-    wanted = {name: tuple(value.shape) for name, value in adapter_weights(student).items()}
+    wanted = {name: tuple(value.shape) for name, value in _weights_of(model).items()}
     found = {name: tuple(value.shape) for name, value in weights.items()}
     if wanted != found:
         differing = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
         raise ModelError(
             f"{source}: {len(differing)} weights are missing, unknown or of another shape, first {differing[0]}"
         )
-    set_peft_model_state_dict(student.model, weights)
+    set_peft_model_state_dict(model, weights)
 
 
 def base_fingerprint(folder: str | Path) -> str:
@@ -134,7 +182,7 @@ def base_fingerprint(folder: str | Path) -> str:
     return files_fingerprint(find_folder(folder))
 
 
-def _load_base(options: StudentOptions) -> tuple[Any, Any, int, str]:
+def _load_base(options: StudentOptions, attention: str = ATTENTION) -> tuple[Any, Any, int, str]:
     import transformers
     from transformers.utils import logging as transformers_logging
 
@@ -159,7 +207,7 @@ def _load_base(options: StudentOptions) -> tuple[Any, Any, int, str]:
             str(path),
             config=config,
             dtype=torch.bfloat16 if options.dtype == "bf16" else torch.float32,
-            attn_implementation=ATTENTION,
+            attn_implementation=attention,
             use_safetensors=True,
             output_loading_info=True,
             **remote,

@@ -21,7 +21,7 @@ from flipkd.run.units import Plan, WorkUnit
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["encode", "texts", "join", "score", "teach"]
+Kind = Literal["encode", "texts", "join", "score", "teach", "rescore"]
 
 
 @dataclass(frozen=True)

@@ -5,17 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from flipkd.data.location import Location
 from flipkd.data.pairs import first_reasons, id_reasons, text_reasons
 from flipkd.data.record_texts import RecordTexts, read_record_texts
-from flipkd.data.records import Texts
+from flipkd.data.records import Texts, template_fields
 from flipkd.data.shards import Shard, ShardReader, find_shards
 from flipkd.run.manifest import UnitReport
 from flipkd.run.score import TEXT_BATCH_ROWS
 from flipkd.run.scored import ScoredBatch, StageClock, write_scored
 from flipkd.run.units import Plan, WorkUnit, plan_units
+from flipkd.vectors.id_types import check_id_type
 
 # uint8 position in ``flipkd.data.pairs.REASONS``: why a pair has not got both texts.
 JOIN_REASON = "flipkd.reason"
@@ -88,16 +90,35 @@ class JoinWorker:
         task = self._task
         result, reasons = table.select(names), []
         for records, id_column, text_column in zip(self._sides, task.id_columns, task.text_columns, strict=True):
-            ids = table.column(id_column)
-            places = records.look_up(ids, id_column)
-            found = places >= 0
-            texts = records.texts.take(pa.array(places, mask=~found))
-            invalid = np.zeros(len(places), np.bool_)
-            invalid[found] = records.invalid[places[found]]
-            own = id_reasons(ids, found)
-            reasons.append(np.where(own != 0, own, text_reasons(Texts(texts, invalid))))
+            texts, own = texts_of_ids(records, table.column(id_column), id_column)
+            reasons.append(own)
             result = result.append_column(pa.field(text_column, pa.large_string()), texts)
         return result.append_column(JOIN_REASON, pa.array(first_reasons(*reasons)))
+
+
+def texts_of_ids(
+    records: RecordTexts, ids: pa.ChunkedArray, id_column: str
+) -> tuple[pa.LargeStringArray, npt.NDArray[np.uint8]]:
+    """The normalised texts of [N] ids, null where there is none, and [N] position in ``REASONS`` of why."""
+    places = records.look_up(ids, id_column)
+    found = places >= 0
+    texts = records.texts.take(pa.array(places, mask=~found))
+    invalid = np.zeros(len(places), np.bool_)
+    invalid[found] = records.invalid[places[found]]
+    own = id_reasons(ids, found)
+    return texts, np.where(own != 0, own, text_reasons(Texts(texts, invalid)))
+
+
+def id_kind(table: RecordTable, id_column: str, template: str) -> str:
+    """How the ids of a record table are compared; also looks for its columns, so that a wrong name fails early."""
+    with ShardReader(table.location, table.shards[0]) as reader:
+        reader.check_columns([id_column, *template_fields(template)])
+        return check_id_type(column_type(reader, id_column), id_column)
+
+
+def column_type(reader: ShardReader, column: str) -> pa.DataType:
+    """Type of a column that is there; those from folder names are strings."""
+    return reader.schema.field(column).type if column in reader.schema.names else pa.string()
 
 
 def joined_plan(plan: Plan, joined: Location, failed: set[str]) -> Plan:

@@ -132,7 +132,11 @@ def plan_score(config: ScoreConfig) -> ScorePlan:
         unit_name="pairs",
         uses_model=False,
         output_bytes=_output_bytes(config, plan),
-        about={"columns": list(config.columns) if config.columns else None, ENCODER_FACT: encoder},
+        about={
+            "columns": list(config.columns) if config.columns else None,
+            "threshold": config.threshold,
+            ENCODER_FACT: encoder,
+        },
     )
     return ScorePlan(config, encodes, task, job)
 

@@ -12,16 +12,15 @@ from flipkd.config import DEFAULT_LABEL_COLUMN, TeachConfig
 from flipkd.data.labels import read_labels
 from flipkd.data.location import Location, open_location
 from flipkd.data.record_texts import check_ids_fit
-from flipkd.data.records import as_text, template_fields
+from flipkd.data.records import as_text
 from flipkd.data.shards import Shard, ShardReader, find_shards
 from flipkd.data.teacher_scores import TEACHER_COLUMNS, TeacherFacts
 from flipkd.errors import ConfigError, InputError
 from flipkd.models.teacher import read_cross_encoder, teacher_kind
 from flipkd.run.encode import encoder_fingerprint
-from flipkd.run.join import JOIN_REASON, RecordTable
+from flipkd.run.join import JOIN_REASON, RecordTable, column_type, id_kind
 from flipkd.run.output import refuse_overlap
 from flipkd.run.units import Plan, fingerprint, plan_units
-from flipkd.vectors.id_types import check_id_type
 
 _LABEL_ROWS = 1 << 18
 
@@ -72,7 +71,7 @@ def plan_teach(config: TeachConfig) -> TeachPlan:
         for location in (open_location(uri) for uri in (config.records, config.right_records) if uri is not None)
     )
     shards = find_shards(pairs)
-    kinds = [_id_kind(config, table) for table in tables]
+    kinds = [id_kind(table, config.id_column, config.text_template) for table in tables]
     label_column = _check_pairs(config, pairs, shards, kinds)
     teacher = _teacher(config, kind, label_column)
     run_fingerprint = fingerprint(
@@ -104,18 +103,6 @@ def _teacher(config: TeachConfig, kind: str, label_column: str | None) -> Teache
     folder = read_cross_encoder(options.folder)
     own = fingerprint({"folder": folder.fingerprint(options.max_length), "dtype": options.dtype})
     return TeacherFacts(folder.scale, folder.activation, own, kind, columns, label_column)
-
-
-def _id_kind(config: TeachConfig, table: RecordTable) -> str:
-    """How the ids of a record table are compared; also looks for its columns, so that a wrong name fails early."""
-    with ShardReader(table.location, table.shards[0]) as reader:
-        reader.check_columns([config.id_column, *template_fields(config.text_template)])
-        return check_id_type(_type_of(reader, config.id_column), config.id_column)
-
-
-def _type_of(reader: ShardReader, column: str) -> pa.DataType:
-    """Type of a column that is there; those from folder names are strings."""
-    return reader.schema.field(column).type if column in reader.schema.names else pa.string()
 
 
 def _check_pairs(config: TeachConfig, pairs: Location, shards: Sequence[Shard], kinds: Sequence[str]) -> str | None:
@@ -157,7 +144,7 @@ def _check_shard(config: TeachConfig, pairs: Location, shard: Shard, kinds: Sequ
             if name in reader.schema.names:
                 raise ConfigError(f"{source} has a column {name!r} already, which teach adds; rename or drop it")
         for place, column in enumerate(config.pair_columns):
-            kind = _type_of(reader, column)
+            kind = column_type(reader, column)
             if kinds:
                 check_ids_fit(kind, column, kinds[min(place, len(kinds) - 1)])
             else:

@@ -1,0 +1,300 @@
+"""The torch engine: prompts through a decoder, what they have in common computed once.
+
+Keys and values of the instruction are computed once per engine, and those of instruction and first text once for all
+pairs with that text. What is left of the prompts runs in batches sorted by length. A batch is padded on the right, by a
+few tokens at most: a causal model's earlier tokens do not see it, so nothing has to be masked, and a pair's answer does
+not depend on its neighbours beyond rounding.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache, partial
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flipkd.models.adapter import load_decoder
+from flipkd.models.backbone import load_pretrained
+from flipkd.models.encoder import check_options, find_device
+from flipkd.models.llm import LlmFolder
+from flipkd.models.llm_options import LlmOptions
+from flipkd.models.llm_prompt import PairPrompt, PromptedPairs
+
+# Tokens of a batch, keys and values of its prefixes included: what bounds memory. By measurement on two cores; a guess
+# for a GPU.
+_MAX_TOKENS = {"cpu": 4096, "cuda": 65536}
+# Tokens by which the texts of a batch differ at most: the head gives logits at so many places for every one of them.
+_MOST_PADDING = 4
+
+# Keys and values [rows, heads, tokens, width] of each layer.
+States = list[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class _DecoderFolder:
+    """A plain decoder's folder, as ``load_pretrained`` wants it described: with no settings of its own."""
+
+    transformer_path: Any
+    max_length: None = None
+    truncates: bool = False
+    model_settings: Any = None
+    tokenizer_settings: Any = None
+    config_settings: Any = None
+
+
+@dataclass(frozen=True)
+class _Row:
+    """What is left of a prompt after its prefix, with the first tokens of a label.
+
+    Args:
+        place: of the prompt in the input.
+        extra: number of the label tokens in ``TorchEngine``'s list.
+        prefix: number of the prefix among those of its task.
+        ids: tokens.
+        answer: place in ``ids`` of the token that the answer follows.
+    """
+
+    place: int
+    extra: int
+    prefix: int
+    ids: list[int]
+    answer: int
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Prompts whose prefixes have one length: ``prefixes`` are token ids, without the instruction's."""
+
+    prefixes: list[tuple[int, ...]]
+    rows: list[_Row]
+
+
+def load_torch_engine(folder: LlmFolder, options: LlmOptions, prompt: PairPrompt, threads: int | None) -> TorchEngine:
+    """Loads the model; a run's adapter is merged into it.
+
+    Raises:
+        ConfigError: an option cannot be used here.
+        ModelError: the model cannot be loaded.
+    """
+    check_options(options.dtype, options.device, options.max_length, threads)
+    device = find_device(options.device)
+
+    def load(dtype: torch.dtype) -> Any:
+        if folder.adapter is not None:
+            return load_decoder(folder.adapter, str(folder.base), dtype)[0].to(device)
+        settings = _DecoderFolder(folder.base, model_settings={}, tokenizer_settings={}, config_settings={})
+        return load_pretrained(settings, dtype, options.trust_remote_code, "AutoModelForCausalLM").to(device).eval()
+
+    is_bf16 = options.dtype == "bf16"
+    return TorchEngine(
+        load(torch.bfloat16 if is_bf16 else torch.float32),
+        prompt,
+        exact=cache(partial(load, torch.float32)) if is_bf16 else None,
+        device=device,
+        threads=1 if device.type == "cuda" else threads or torch.get_num_threads(),
+        max_tokens=options.max_tokens or _MAX_TOKENS[device.type],
+        share_prefixes=options.share_prefixes,
+    )
+
+
+class TorchEngine:
+    """Runs prompts through a transformers decoder. On a CPU each thread runs batches of its own.
+
+    Args:
+        model: a causal language model on ``device``.
+        prompt: in its tokens.
+        exact: gives the same model in float32; called where ``model`` gives a number that is not finite.
+        device: where it runs.
+        threads: how many tasks run at once.
+        max_tokens: tokens of a batch.
+        share_prefixes: whether common beginnings are computed once.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        prompt: PairPrompt,
+        *,
+        exact: Callable[[], Any] | None = None,
+        device: torch.device,
+        threads: int,
+        max_tokens: int,
+        share_prefixes: bool,
+    ) -> None:
+        self._model, self._prompt, self._exact = model, prompt, exact
+        self._device, self._threads, self._max_tokens = device, threads, max_tokens
+        self._shares = share_prefixes
+        # transformers 5 has renamed the argument.
+        names = inspect.signature(model.forward).parameters
+        self._cache_name = "cache" if "cache" in names else "past_key_values"
+        # A label's tokens but the last are fed after the prompt. What begins another such list is read from that one.
+        begins = {label[:-1] for label in prompt.labels}
+        self._extras = sorted(
+            one for one in begins if not any(one != other and other[: len(one)] == one for other in begins)
+        )
+        self._extra_of = [
+            next(place for place, extra in enumerate(self._extras) if extra[: len(label) - 1] == label[:-1])
+            for label in prompt.labels
+        ]
+        self._instruction: States | None = None
+        self._lock = Lock()
+
+    def label_log_probabilities(self, prompts: PromptedPairs) -> np.ndarray:
+        """See ``flipkd.models.llm.Engine``."""
+        sums = self._run(prompts)
+        bad = np.flatnonzero(~np.isfinite(sums).all(axis=1)).tolist()
+        if bad and self._exact is not None:
+            exact = TorchEngine(
+                self._exact(),
+                self._prompt,
+                device=self._device,
+                threads=self._threads,
+                max_tokens=self._max_tokens,
+                share_prefixes=False,
+            )
+            chosen = PromptedPairs(
+                [prompts.shared[place] for place in bad],
+                [prompts.own[place] for place in bad],
+                [prompts.truncated[place] for place in bad],
+            )
+            sums[bad] = exact.label_log_probabilities(chosen)
+        return np.where(np.isfinite(sums), sums, np.nan)
+
+    def _run(self, prompts: PromptedPairs) -> np.ndarray:
+        sums = np.full((len(prompts.own), 2), np.nan)
+        own_threads = torch.get_num_threads()
+        starts = partial(torch.set_num_threads, 1) if self._device.type == "cpu" else None
+        try:
+            with ThreadPoolExecutor(self._threads, "flipkd-llm", starts) as pool:
+                for places, found in pool.map(self._work, self._tasks(prompts)):
+                    for label in range(2):
+                        is_own = places[:, 1] == self._extra_of[label]
+                        sums[places[is_own, 0], label] = found[is_own, label]
+        finally:
+            torch.set_num_threads(own_threads)  # what threads that start later take over
+        return sums
+
+    def _tasks(self, prompts: PromptedPairs) -> Iterator[_Task]:
+        """Prompts by prefix. A first text that one pair alone has is no prefix: two passes would cost more than one."""
+        instruction = len(self._prompt.before) if self._shares else 0
+        counts = Counter(map(tuple, prompts.shared)) if self._shares else Counter()
+        by_prefix: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
+        for place, (shared, own) in enumerate(zip(prompts.shared, prompts.own, strict=True)):
+            key = tuple(shared)
+            prefix = key[instruction:] if counts[key] > 1 else ()
+            rest = own if prefix else [*shared[instruction:], *own]
+            by_prefix.setdefault(prefix, []).append((place, rest))
+        for group in _equal_lengths(by_prefix):
+            prefixes: list[tuple[int, ...]] = []
+            rows: list[_Row] = []
+            tokens = 0
+            for prefix in group:
+                # Shortest first, so that the texts of a task, and so of its batches, are of about one length.
+                for place, rest in sorted(by_prefix[prefix], key=lambda item: len(item[1])):
+                    if tokens > 4 * self._max_tokens:
+                        yield _Task(prefixes, rows)
+                        prefixes, rows, tokens = [], [], 0
+                    if not prefixes or prefixes[-1] != prefix:
+                        prefixes.append(prefix)
+                    for number, extra in enumerate(self._extras):
+                        rows.append(_Row(place, number, len(prefixes) - 1, [*rest, *extra], len(rest) - 1))
+                        tokens += len(rows[-1].ids)
+            yield _Task(prefixes, rows)
+
+    @torch.inference_mode()
+    def _work(self, task: _Task) -> tuple[np.ndarray, np.ndarray]:
+        """Places and extras int64 [rows, 2] of a task's rows, and log-probabilities float64 [rows, 2]."""
+        states = self._prefix_states(task.prefixes)
+        length = 0 if states is None else states[0][0].shape[2]
+        places, found = [], []
+        for rows in _batches(task.rows, length, self._max_tokens):
+            places += [(row.place, row.extra) for row in rows]
+            found.append(self._batch(rows, states))
+        return np.array(places, np.int64), np.concatenate(found)
+
+    def _prefix_states(self, prefixes: Sequence[tuple[int, ...]]) -> States | None:
+        """Keys and values of instruction and prefixes, one row for each prefix; None for no token at all."""
+        if not self._shares:
+            return None
+        with self._lock:
+            if self._instruction is None:
+                before = torch.tensor([self._prompt.before], device=self._device)
+                self._instruction = self._pass(before, None) if self._prompt.before else []
+        instruction = self._instruction or None
+        if not prefixes[0]:
+            return instruction
+        parts: list[States] = []
+        step = max(1, self._max_tokens // (len(prefixes[0]) + len(self._prompt.before)))
+        for start in range(0, len(prefixes), step):
+            ids = torch.tensor(prefixes[start : start + step], device=self._device)
+            first = torch.zeros(len(ids), dtype=torch.int64, device=self._device)
+            parts.append(self._pass(ids, None if instruction is None else _take(instruction, first)))
+        return [tuple(map(torch.cat, zip(*layer, strict=True))) for layer in zip(*parts, strict=True)]  # type: ignore[misc]
+
+    def _pass(self, ids: Tensor, before: States | None) -> States:
+        """Keys and values of ids int64 [rows, tokens], with those of what stands before them."""
+        filled = _cache(before)
+        self._model.base_model(input_ids=ids, use_cache=True, **{self._cache_name: filled})
+        return [(layer.keys, layer.values) for layer in filled.layers]
+
+    def _batch(self, rows: Sequence[_Row], states: States | None) -> np.ndarray:
+        """Log-probability of each label, float64 [rows, 2]; of use only for labels of a row's extra."""
+        width = max(len(row.ids) for row in rows)
+        ids = torch.tensor([row.ids + [0] * (width - len(row.ids)) for row in rows], device=self._device)
+        steps = max(map(len, self._extras)) + 1
+        # Where each label token is predicted; the last place again for a shorter label.
+        places = np.array([[min(row.answer + step, len(row.ids) - 1) for step in range(steps)] for row in rows])
+        kept, found = np.unique(places, return_inverse=True)
+        index = torch.from_numpy(found.reshape(places.shape)).to(self._device)
+        prefix = torch.tensor([row.prefix for row in rows], device=self._device)
+        more: dict[str, Any] = {"use_cache": False}
+        if states is not None:
+            more = {"use_cache": True, self._cache_name: _cache(_take(states, prefix))}
+        logits = self._model(input_ids=ids, logits_to_keep=torch.from_numpy(kept).to(self._device), **more).logits
+        numbers = torch.arange(len(rows), device=self._device)[:, None]
+        logs = logits[numbers, index].float().log_softmax(-1)  # [rows, steps, vocabulary]
+        sums = [sum(logs[:, step, token].double() for step, token in enumerate(label)) for label in self._prompt.labels]
+        return torch.stack(sums, dim=1).cpu().numpy()
+
+
+def _cache(states: States | None) -> Any:
+    """A cache of transformers that holds keys and values already."""
+    from transformers import DynamicCache
+
+    filled = DynamicCache()
+    for number, (keys, values) in enumerate(states or ()):
+        filled.update(keys, values, number)
+    return filled
+
+
+def _take(states: States, rows: Tensor) -> States:
+    return [(keys.index_select(0, rows), values.index_select(0, rows)) for keys, values in states]
+
+
+def _equal_lengths(prefixes: Sequence[tuple[int, ...]] | dict[tuple[int, ...], Any]) -> list[list[tuple[int, ...]]]:
+    """Prefixes by their length, shortest first, each group in the order of the input."""
+    groups: dict[int, list[tuple[int, ...]]] = {}
+    for prefix in prefixes:
+        groups.setdefault(len(prefix), []).append(prefix)
+    return [groups[length] for length in sorted(groups)]
+
+
+def _batches(rows: Sequence[_Row], prefix_tokens: int, max_tokens: int) -> Iterator[list[_Row]]:
+    """Rows by length, in batches of at most ``max_tokens`` tokens (a longer row has a batch of its own)."""
+    batch: list[_Row] = []
+    for row in sorted(rows, key=lambda row: len(row.ids)):
+        tokens = (len(batch) + 1) * (prefix_tokens + len(row.ids))
+        if batch and (tokens > max_tokens or len(row.ids) - len(batch[0].ids) > _MOST_PADDING):
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch

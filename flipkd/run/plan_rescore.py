@@ -1,0 +1,226 @@
+"""Plan a ``rescore``: read footers, schemas and the scores' manifest, decide everything, start nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+
+import pyarrow as pa
+
+from flipkd.data.commit import read_json
+from flipkd.data.location import Location, open_location
+from flipkd.data.record_texts import check_ids_fit
+from flipkd.data.records import as_text
+from flipkd.data.shards import Shard, ShardReader, find_shards
+from flipkd.errors import ConfigError, InputError
+from flipkd.models.llm import load_prompts, read_llm
+from flipkd.run.combination import Combination, read_combination
+from flipkd.run.join import RecordTable, column_type, id_kind
+from flipkd.run.manifest import MANIFEST
+from flipkd.run.output import refuse_overlap
+from flipkd.run.rescore_config import RescoreConfig
+from flipkd.run.select import ScoreColumn
+from flipkd.run.units import Plan, fingerprint, plan_units
+
+LLM_PROBABILITY, RESCORE_REASON = "llm_probability", "rescore_reason"
+_ADDED = (LLM_PROBABILITY, RESCORE_REASON)
+
+
+@dataclass(frozen=True)
+class RescorePlan:
+    """A planned ``rescore``.
+
+    Args:
+        config: what was asked for.
+        scores: root of the scores.
+        output: the output folder.
+        tables: record tables of the left and, where they differ, the right records; empty for pairs of texts.
+        column: the scores' column that decides which pairs are asked.
+        center: the threshold that the most uncertain pairs are next to; None for a band.
+        threshold: of the column ``match``; None where there is no such column.
+        combination: of the LLM's answer and the score, or None.
+        plan: units over the scores.
+        run_fingerprint: of everything that decides the outputs besides a unit's own rows.
+    """
+
+    config: RescoreConfig
+    scores: Location
+    output: Location
+    tables: tuple[RecordTable, ...]
+    column: ScoreColumn
+    center: float | None
+    threshold: float | None
+    combination: Combination | None
+    plan: Plan
+    run_fingerprint: str
+
+
+def plan_rescore(config: RescoreConfig) -> RescorePlan:
+    """Reads configurations, schemas and footers, without starting any work.
+
+    Raises:
+        ConfigError: an option or a column cannot be used.
+        InputError: an input cannot be read.
+        ModelError: the folder is no decoder, or the prompt does not fit it.
+    """
+    scores, output = open_location(config.scores), open_location(config.output)
+    inputs = [("--scores", config.scores), ("--records", config.records), ("--right-records", config.right_records)]
+    refuse_overlap(output, [(option, open_location(uri)) for option, uri in inputs if uri is not None])
+    combination = None if config.combine is None else read_combination(config.combine)
+    prompts = load_prompts(config.llm)
+    tables = tuple(
+        RecordTable(location, tuple(find_shards(location)))
+        for location in (open_location(uri) for uri in (config.records, config.right_records) if uri is not None)
+    )
+    shards = find_shards(scores)
+    kinds = [id_kind(table, config.id_column, config.text_template) for table in tables]
+    has_probability, has_match = _check_columns(config, scores, shards, kinds)
+    used = (read_json(scores, MANIFEST) or {}).get("threshold")
+    threshold = _threshold(config, used, has_probability, has_match)
+    center = None if config.band is not None else _center(config, used, has_probability)
+    column = ScoreColumn(scores, "probability" if has_probability else "score", config.run.on_bad_shard == "skip")
+    llm = config.llm
+    run_fingerprint = fingerprint(
+        {
+            "kind": "rescore",
+            "format": 1,
+            "llm": read_llm(llm).fingerprint(),
+            "prompt": asdict(prompts.prompt),
+            "max_length": prompts.max_length,
+            "both_orders": llm.both_orders,
+            "engine": llm.engine,
+            "dtype": llm.dtype,
+            "column": column.name,
+            "band": config.band,
+            # Which pairs are the most uncertain depends on all files.
+            "budget": None if config.budget is None else [config.budget, center, _facts(shards)],
+            "threshold": threshold,
+            "combination": None if combination is None else asdict(combination),
+            "pair_columns": config.pair_columns,
+            "records": [
+                {"id_column": config.id_column, "template": config.text_template, "shards": _facts(table.shards)}
+                for table in tables
+            ],
+            "rows_per_unit": config.rows_per_unit,
+        }
+    )
+    plan = plan_units(
+        scores,
+        shards,
+        config.rows_per_unit,
+        run_fingerprint,
+        split_row_groups=True,
+        skip_bad_shards=column.skip_bad_shards,
+    )
+    return RescorePlan(config, scores, output, tables, column, center, threshold, combination, plan, run_fingerprint)
+
+
+def _facts(shards: Sequence[Shard]) -> list[tuple[str, int, int]]:
+    return [(shard.name, shard.size_bytes, shard.modified_ns) for shard in shards]
+
+
+def _threshold(config: RescoreConfig, used: float | None, has_probability: bool, has_match: bool) -> float | None:
+    """The threshold of the column ``match``.
+
+    Raises:
+        ConfigError: there is such a column, and no threshold that an LLM's probability can be compared with.
+    """
+    if not has_match:
+        return None
+    if config.threshold is not None:
+        return config.threshold
+    if not has_probability:
+        raise ConfigError(
+            f"--scores {config.scores}: match was decided by the score, with which an LLM's probability cannot be "
+            "compared; run score with --calibration, or name a --threshold of the probability"
+        )
+    if used is None:
+        raise ConfigError(
+            f"--scores {config.scores}: has a column match, and no {MANIFEST} that tells its threshold; name it with "
+            "--threshold"
+        )
+    return float(used)
+
+
+def _center(config: RescoreConfig, used: float | None, has_probability: bool) -> float:
+    """What the most uncertain pairs are next to: the threshold, or 0.5 where a probability has none.
+
+    Raises:
+        ConfigError: there are scores alone, and no threshold of theirs.
+    """
+    if has_probability:
+        found = config.threshold if config.threshold is not None else used
+        return 0.5 if found is None else float(found)
+    if used is None:
+        raise ConfigError(
+            f"--budget: the scores in {config.scores} have no column probability and no threshold, so that nothing "
+            "tells which are uncertain; run score with --calibration or --threshold, or give --band"
+        )
+    return float(used)
+
+
+def _check_columns(
+    config: RescoreConfig, scores: Location, shards: Sequence[Shard], kinds: Sequence[str]
+) -> tuple[bool, bool]:
+    """Looks at the schema of every shard. Returns whether there are columns ``probability`` and ``match``."""
+    with ThreadPoolExecutor(max_workers=16) as pool:
+        found = list(pool.map(lambda shard: _check_shard(config, scores, shard, kinds), shards))
+    known = [(shard, one) for shard, one in zip(shards, found, strict=True) if one is not None]
+    if not known:
+        return False, False
+    for shard, one in known:
+        if one != known[0][1]:
+            raise InputError(
+                f"{scores.uri}: {known[0][0].name} and {shard.name} differ in having columns probability and match; "
+                "give the output of one score"
+            )
+    return known[0][1]
+
+
+def _check_shard(
+    config: RescoreConfig, scores: Location, shard: Shard, kinds: Sequence[str]
+) -> tuple[bool, bool] | None:
+    """Of one shard; None where it cannot be read and may be skipped."""
+    try:
+        reader = ShardReader(scores, shard)
+    except InputError:
+        if config.run.on_bad_shard == "skip":
+            return None
+        raise
+    source = f"{shard.name} of {scores.uri}"
+    with reader:
+        names = reader.schema.names
+        for name in _ADDED:
+            if name in names:
+                raise ConfigError(f"{source} has a column {name!r} already, which rescore adds; rename or drop it")
+        known = {*names, *dict(shard.partitions)}
+        absent = [name for name in config.pair_columns if name not in known]
+        if absent:
+            raise ConfigError(
+                f"{source} has no column {absent[0]!r}: the LLM reads texts. Name the columns with --left-text and "
+                "--right-text, or give --records for pairs of ids; score must have passed them on (--columns)"
+            )
+        reader.check_columns(config.pair_columns)
+        has_probability = "probability" in names
+        if not has_probability or config.combine is not None or config.fit_labels is not None:
+            _check_numbers(reader, source, "score")
+        if has_probability:
+            _check_numbers(reader, source, "probability")
+        if config.fit_labels is not None:
+            reader.check_columns([config.fit_labels])
+        for place, column in enumerate(config.pair_columns):
+            kind = column_type(reader, column)
+            if kinds:
+                check_ids_fit(kind, column, kinds[min(place, len(kinds) - 1)])
+            else:
+                as_text(pa.array([], kind), column)
+        return has_probability, "match" in names
+
+
+def _check_numbers(reader: ShardReader, source: str, name: str) -> None:
+    if name not in reader.schema.names:
+        raise ConfigError(f"{source} has no column {name!r}; give the output of score, with that column in --columns")
+    kind = reader.schema.field(name).type
+    if not pa.types.is_floating(kind):
+        raise ConfigError(f"{source}: column {name!r} is of type {kind}, not a floating point number")
