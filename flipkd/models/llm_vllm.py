@@ -55,8 +55,8 @@ class VllmEngine:
             self._llm = vllm.LLM(
                 model=str(folder.base),
                 dtype=_DTYPES[options.dtype],
-                # One more token than a prompt with a label: the one that vLLM wants to generate.
-                max_model_len=prompts.max_length + 1,
+                # A prompt with a whole label; the label's last token stands for the one that vLLM generates.
+                max_model_len=prompts.max_length,
                 enable_prefix_caching=options.share_prefixes,
                 trust_remote_code=options.trust_remote_code,
                 **settings,

@@ -357,3 +357,11 @@ def test_a_killed_engine_is_taken_up_again_to_the_same_bytes(
     assert CliRunner().invoke(main, options(scores, llm_dir, output), catch_exceptions=False).exit_code == 0
     assert contents(output) == expected
     assert {name: (output / name).stat().st_mtime_ns for name in half} == times  # nothing was written twice
+
+
+@pytest.mark.slow
+def test_ray_gives_the_same_files(make_scores: MakeScores, llm_dir: Path, tmp_path: Path) -> None:
+    scores = make_scores()
+    rescore(config(scores, llm_dir, tmp_path / "process", budget="50%"))
+    rescore(config(scores, llm_dir, tmp_path / "ray", budget="50%", run=RunOptions(ray="local", workers=1)))
+    assert contents(tmp_path / "ray") == contents(tmp_path / "process")
