@@ -59,6 +59,14 @@ def is_whole(folder: Path) -> bool:
         return False
 
 
+def remove_published(folder: Path) -> None:
+    """Deletes a published folder; one that is deleted in part by a killed process does not look like one any more."""
+    hidden = folder.parent / f".{folder.name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}"
+    with writing(str(folder)):
+        folder.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
 def remove_unpublished(parent: Path) -> None:
     """Deletes hidden folders that a killed process left in ``parent``."""
     if parent.is_dir():

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flipkd.data.folders import is_whole, publish_folder
+from flipkd.data.folders import is_whole, publish_folder, remove_published
 from flipkd.models.adapter import adapter_weights, load_adapter_weights
 from flipkd.models.student import Student
 
@@ -62,7 +61,7 @@ def save_checkpoint(
 
     publish_folder(folder / f"step-{progress.step:08d}", write)
     for old in _checkpoints(folder)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
+        remove_published(old)
 
 
 def load_checkpoint(folder: Path, student: Student, optimizer: torch.optim.Optimizer) -> Progress:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flipkd.data.commit import make_private_folder, read_json, write_json, writing
-from flipkd.data.folders import SEAL, is_whole, publish_folder, remove_unpublished
+from flipkd.data.folders import SEAL, is_whole, publish_folder, remove_published, remove_unpublished
 from flipkd.data.location import open_location
 from flipkd.errors import OutputError
 
@@ -101,7 +101,7 @@ class RunFolder:
         publish_folder(target, lambda folder: save_student(student, folder))
         for old in self._best.glob("step-*"):
             if old != target:
-                shutil.rmtree(old, ignore_errors=True)
+                remove_published(old)
 
     def finish(self, student: Student, best_step: int | None) -> None:
         """Publishes the best student, or the last one where nothing was validated, as the run's."""

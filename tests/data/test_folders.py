@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from flipkd.data.commit import make_private_folder
-from flipkd.data.folders import SEAL, is_whole, publish_folder, remove_unpublished
+from flipkd.data.folders import SEAL, is_whole, publish_folder, remove_published, remove_unpublished
 
 
 def test_parents_that_are_made_are_private_too(tmp_path: Path) -> None:
@@ -61,3 +61,16 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     (tmp_path / ".other").mkdir()
     remove_unpublished(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [".other"]
+
+
+def test_a_folder_that_is_deleted_in_part_has_no_name_that_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "step-1"
+    publish_folder(target, lambda folder: (folder / "file").write_bytes(b"1") and None)
+    monkeypatch.setattr("flipkd.data.folders.shutil.rmtree", lambda *_, **__: None)  # killed before it does anything
+    remove_published(target)
+    assert not target.exists()
+    monkeypatch.undo()
+    remove_unpublished(tmp_path)
+    assert not list(tmp_path.iterdir())
