@@ -1,6 +1,6 @@
 """Encoding records: flipkd against ``SentenceTransformer.encode`` at its best batch size and dtype.
 
-    python -m benchmarks.encode [--quick] [--models minilm,smollm2] [--work FOLDER]
+    python -m benchmarks.encode [--quick] [--texts N] [--models minilm,smollm2] [--work FOLDER]
 
 The texts are 10,000 records of mixed length made of the 12,924 real ICD-9 descriptions: a quarter each short titles,
 long titles, "short | long", and claims of two to six long titles joined by "; "; all distinct, in random order. The
@@ -216,6 +216,7 @@ def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="600 texts, one round")
+    parser.add_argument("--texts", type=int, default=10_000)
     parser.add_argument("--models", default="minilm,smollm2")
     parser.add_argument("--work", type=Path, help="folder of benchmarks.quality with trained models")
     arguments = parser.parse_args()
@@ -223,7 +224,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    texts = record_texts(600 if arguments.quick else 10_000)
+    texts = record_texts(600 if arguments.quick else arguments.texts)
     rows: list[dict[str, Any]] = []
     ratios: dict[str, float] = {}
     correct = True
