@@ -111,15 +111,6 @@ def load_decoder(folder: str | Path, base: str | None = None, dtype: torch.dtype
     return adapted.merge_and_unload().to(dtype).eval(), tokenizer
 
 
-def adapter_base(folder: str | Path) -> StudentOptions:
-    """Of what a student's folder says it was made, once its base has been checked.
-
-    Raises:
-        ModelError: as ``load_student``.
-    """
-    return _read_adapter(Path(folder), None)[0]
-
-
 def _read_adapter(path: Path, base: str | None) -> tuple[StudentOptions, int, dict[str, Tensor]]:
     """Options, layer k and weights of a student's folder; its base is the one that was trained."""
     from safetensors.torch import load_file

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
@@ -28,13 +28,12 @@ from flipkd.models.llm import LlmFolder
 from flipkd.models.llm_options import LlmOptions
 from flipkd.models.llm_prompt import PairPrompt, PromptedPairs
 
-# Tokens of a batch, keys and values of its prefixes included: what bounds memory. By measurement on two cores; a guess
-# for a GPU.
+# Tokens of a batch, keys and values of its prefixes included: what bounds memory. Our guesses, not measured.
 _MAX_TOKENS = {"cpu": 4096, "cuda": 65536}
 # Tokens by which the texts of a batch differ at most: the head gives logits at so many places for every one of them.
 _MOST_PADDING = 4
 
-# Keys and values [rows, heads, tokens, width] of each layer.
+# Per layer: keys, values [rows, heads, tokens, width].
 States = list[tuple[Tensor, Tensor]]
 
 
@@ -279,7 +278,7 @@ def _take(states: States, rows: Tensor) -> States:
     return [(keys.index_select(0, rows), values.index_select(0, rows)) for keys, values in states]
 
 
-def _equal_lengths(prefixes: Sequence[tuple[int, ...]] | dict[tuple[int, ...], Any]) -> list[list[tuple[int, ...]]]:
+def _equal_lengths(prefixes: Iterable[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
     """Prefixes by their length, shortest first, each group in the order of the input."""
     groups: dict[int, list[tuple[int, ...]]] = {}
     for prefix in prefixes:
