@@ -71,14 +71,14 @@ def answers(python: Path, options: LlmOptions, pairs: tuple[list[str], list[str]
 def test_vllm_answers_as_torch_does(
     vllm_python: Path, smollm2_dir: Path, icd9: list[tuple[str, str, str]], tmp_path: Path, kind: str
 ) -> None:
-    """On real pairs grouped by their left text, with the real model cut to four blocks."""
+    """On real pairs grouped by their left text, with the real model cut to three blocks."""
     base = tmp_path / "base"
-    model = transformers.AutoModelForCausalLM.from_pretrained(str(smollm2_dir), num_hidden_layers=4)
+    model = transformers.AutoModelForCausalLM.from_pretrained(str(smollm2_dir), num_hidden_layers=3)
     model.save_pretrained(str(base))
     transformers.AutoTokenizer.from_pretrained(str(smollm2_dir)).save_pretrained(str(base))
     settings: dict[str, Any] = {"folder": str(base)}
     if kind == "adapter":
-        student = new_student(StudentOptions(str(base), layer=2, dimension=48, rank=16, alpha=16.0))
+        student = new_student(StudentOptions(str(base), layer=1, dimension=48, rank=16, alpha=16.0))
         save_student(shaken(student), tmp_path / "adapter")
         settings = {"folder": str(tmp_path / "adapter")}
     else:
