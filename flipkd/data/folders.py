@@ -67,11 +67,12 @@ def remove_published(folder: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)
 
 
-def remove_unpublished(parent: Path) -> None:
-    """Deletes hidden folders that a killed process left in ``parent``."""
+def remove_unpublished(parent: Path, name: str = "") -> None:
+    """Deletes hidden folders that a killed process left in ``parent``; of the target ``name`` alone, if it is given."""
+    prefix = f".{name}." if name else "."
     if parent.is_dir():
         for path in parent.iterdir():
-            if path.is_dir() and path.name.startswith(".") and path.name.endswith(TEMPORARY_SUFFIX):
+            if path.is_dir() and path.name.startswith(prefix) and path.name.endswith(TEMPORARY_SUFFIX):
                 shutil.rmtree(path, ignore_errors=True)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flipkd.distill.losses import language_model_loss
 from flipkd.models.llm_prompt import PairPrompt
-from flipkd.models.packed import pack, pool_packed
+from flipkd.models.packed import pack, pool_texts
 from flipkd.models.student import Student, token_chunks
 
 
@@ -26,7 +26,7 @@ def answer_logits(student: Student, prompts: Sequence[Sequence[int]]) -> Tensor:
             input_ids=packed.ids, position_ids=packed.positions, use_cache=False, groups=packed.groups
         ).last_hidden_state
         head = student.model.get_base_model().lm_head
-        logits: Tensor = head(pool_packed(states, packed, "last").to(head.weight.dtype)).float()
+        logits: Tensor = head(pool_texts(states, packed, "last").to(head.weight.dtype)).float()
     return logits
 
 

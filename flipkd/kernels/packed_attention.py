@@ -34,6 +34,7 @@ import importlib
 import importlib.util
 import inspect
 import logging
+from collections.abc import Sequence
 from itertools import groupby
 
 import torch
@@ -84,7 +85,7 @@ def attention_by_length(
 ) -> Tensor:
     """The same in plain PyTorch: one call for each run of texts of one length. Waits for the device."""
     lengths = cu_seqlens.diff().tolist()
-    groups = [(len(list(same)), length) for length, same in groupby(lengths) if length]
+    groups = runs(lengths)
     tokens = [count * length for count, length in groups]
     outputs = []
     rows = zip(*(torch.split(row, tokens) for row in (query, key, value)), strict=True)
@@ -96,6 +97,11 @@ def attention_by_length(
         )
         outputs.append(mixed.transpose(1, 2).reshape(count * length, *query.shape[1:]))
     return torch.cat(outputs) if outputs else torch.empty_like(query)
+
+
+def runs(lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """(count, length) of equal lengths that stand side by side; texts without tokens are in none."""
+    return tuple((len(list(same)), length) for length, same in groupby(lengths) if length)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> None:

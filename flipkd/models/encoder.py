@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flipkd.errors import ConfigError
+from flipkd.models.batches import packed_batches, tokenized_chunks
 from flipkd.models.folder import folder_fingerprint, read_folder
 from flipkd.models.parallel import loaded_at_first_use, not_finite, run_batches
 from flipkd.models.tokenizer import load_tokenizer, longest_input, text_tokenizer
-from flipkd.models.tokens import TextTokenizer, TokenizedTexts, packed_batches, tokenized_chunks
+from flipkd.models.tokens import TextTokenizer, TokenizedTexts
 
 if TYPE_CHECKING:
     import torch
@@ -169,6 +170,7 @@ def load_encoder(
 
     import torch
 
+    from flipkd.kernels.packed_attention import runs
     from flipkd.models.backbone import Backbone, load_backbone
     from flipkd.models.pooling import load_head, output_width, pool_packed
 
@@ -184,7 +186,7 @@ def load_encoder(
     def through(backbone: Backbone) -> Model:
         def model(ids: torch.Tensor, positions: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
             counts = lengths.tolist()
-            vectors = pool_packed(backbone.states(ids, positions, counts), counts, settings.pooling_modes, skip)
+            vectors = pool_packed(backbone.states(ids, positions, counts), runs(counts), settings.pooling_modes, skip)
             for step in head:
                 vectors = step(vectors)
             return vectors[:, : settings.truncate_dim]

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+
+from flipkd.kernels.packed_attention import runs
+from flipkd.models.pooling import pool_packed
 
 ATTENTION = "flipkd_packed"
 
@@ -46,7 +48,7 @@ def pack(ids: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> Pa
     """Packs N texts; the order of equal lengths is that of the input."""
     order = sorted(range(len(ids)), key=lambda place: len(ids[place]))
     lengths = [len(ids[place]) for place in order]
-    groups = tuple((len(list(same)), length) for length, same in groupby(lengths) if length)
+    groups = runs(lengths)
     row = [number for place in order for number in ids[place]]
     positions = [torch.arange(length).repeat(count) for count, length in groups]
     return PackedTexts(
@@ -57,7 +59,7 @@ def pack(ids: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> Pa
     )
 
 
-def pool_packed(states: Tensor, packed: PackedTexts, pooling: str) -> Tensor:
+def pool_texts(states: Tensor, packed: PackedTexts, pooling: str) -> Tensor:
     """One vector per text, float32 [N, width] in the order of the input; zero for a text without tokens.
 
     Args:
@@ -65,16 +67,14 @@ def pool_packed(states: Tensor, packed: PackedTexts, pooling: str) -> Tensor:
         packed: where the texts lie.
         pooling: ``mean`` over a text's tokens, or its ``last`` token.
     """
-    width = states.shape[-1]
-    pooled = [states.new_zeros(len(packed.order) - sum(count for count, _ in packed.groups), width).float()]
-    parts = torch.split(states[0], [count * length for count, length in packed.groups])
-    for (count, length), part in zip(packed.groups, parts, strict=True):
-        texts = part.view(count, length, width)
-        pooled.append(texts[:, -1].float() if pooling == "last" else texts.float().mean(dim=1))
+    without = len(packed.order) - sum(count for count, _ in packed.groups)
+    pooled = [states.new_zeros(without, states.shape[-1]).float()]
+    if packed.groups:
+        pooled.append(pool_packed(states[0], packed.groups, ("lasttoken" if pooling == "last" else "mean",)))
     return torch.cat(pooled)[packed.order.argsort()]
 
 
-def packed_attention(
+def attention_for_transformers(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -161,4 +161,4 @@ def register() -> None:
     """Makes the function known to transformers under the name ``ATTENTION``; may be called again."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register(ATTENTION, packed_attention)
+    AttentionInterface.register(ATTENTION, attention_for_transformers)

@@ -12,25 +12,23 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from flipkd.errors import ModelError
-from flipkd.kernels.encoder_ops.reference import runs
 from flipkd.models.folder import ModelFolder
 from flipkd.models.settings import DenseSettings, NormalizeSettings
 
 Head = Callable[[Tensor], Tensor]
 
 
-def pool_packed(states: Tensor, lengths: Sequence[int], modes: tuple[str, ...], skip: int = 0) -> Tensor:
+def pool_packed(states: Tensor, groups: Sequence[tuple[int, int]], modes: tuple[str, ...], skip: int = 0) -> Tensor:
     """``pool`` for texts packed end to end.
 
     Args:
         states: token vectors, [T, width].
-        lengths: tokens of each text, at least 1; their sum is T.
+        groups: (texts, tokens of each), at least one, in the order of the states (``runs``).
         modes, skip: see ``pool``.
 
     Returns:
         float32 [texts, width * len(modes)].
     """
-    groups = runs(lengths)
     parts = torch.split(states, [count * length for count, length in groups])
     return torch.cat([pool(part.view(*group, -1), modes, skip) for group, part in zip(groups, parts, strict=True)])
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
 
 from flipkd.models.options import StudentOptions
-from flipkd.models.packed import pack, pool_packed
+from flipkd.models.packed import pack, pool_texts
 from flipkd.models.tokens import TextTokenizer, TokenizedTexts
 
 _PACK_TOKENS = 4096
@@ -109,7 +109,7 @@ class Student(nn.Module):
             output = self._encoder[0](
                 input_ids=packed.ids, position_ids=packed.positions, use_cache=False, groups=packed.groups
             )
-        return pool_packed(output.last_hidden_state, packed, self.options.pooling)
+        return pool_texts(output.last_hidden_state, packed, self.options.pooling)
 
     def encode_ids(self, ids: Sequence[Sequence[int]]) -> Tensor:
         """e of N texts, unit rows, float32 [N, dimension]; differentiable. A text without tokens gives zeros."""

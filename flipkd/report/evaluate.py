@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from flipkd.data.calibration import as_json, probabilities
-from flipkd.data.commit import TEMPORARY_SUFFIX, make_private_folder, read_json, writing
-from flipkd.data.folders import is_whole, publish_folder
+from flipkd.data.commit import make_private_folder, read_json, writing
+from flipkd.data.folders import is_whole, publish_folder, remove_unpublished
 from flipkd.data.location import Location, open_location
 from flipkd.data.shards import Shard, find_shards
 from flipkd.errors import ConfigError, OutputError
@@ -72,16 +71,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             (folder / CALIBRATION_FILE).write_text(json.dumps(calibration, indent=1, allow_nan=False) + "\n")
 
     make_private_folder(str(target.parent))
-    _remove_unpublished(target)
+    remove_unpublished(target.parent, target.name)
     publish_folder(target, write)
     return facts
-
-
-def _remove_unpublished(target: Path) -> None:
-    """Deletes what a killed evaluation of the same target left beside it."""
-    for path in target.parent.iterdir():
-        if path.name.startswith(f".{target.name}.") and path.name.endswith(TEMPORARY_SUFFIX):
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def _fingerprint(config: EvaluateConfig, scores: Location, shards: list[Shard]) -> str:

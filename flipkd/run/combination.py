@@ -1,8 +1,8 @@
 """The LLM's answer and the encoder's score to one calibrated probability.
 
 ``probability = sigmoid(llm_logit * logit(p) + score * s + intercept)`` with p the LLM's probability and s the score: a
-logistic regression on two features, fitted on pairs whose label is known. The issue asks for a calibrated combination;
-the features and the form are our choice.
+logistic regression on two features, fitted on pairs whose label is known. Features and
+form are our choice.
 """
 
 from __future__ import annotations

@@ -199,11 +199,11 @@ class EncodeWorker:
         records: Location,
         output: Location,
         run_fingerprint: str,
-        encoder: str,
+        encoder_fingerprint: str,
         threads: int,
     ) -> None:
         self._config, self._records, self._output, self._run = config, records, output, run_fingerprint
-        self._encoder = CachedEncoder(config.encoder, config.dtype, _cache(config, encoder), threads)
+        self._encoder = CachedEncoder(config.encoder, config.dtype, _cache(config, encoder_fingerprint), threads)
 
     def __call__(self, unit: WorkUnit) -> UnitReport:
         """Runs one unit."""

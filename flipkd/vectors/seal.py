@@ -15,7 +15,7 @@ import os
 import shutil
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,18 +135,13 @@ def _plan(parts: Sequence[str | Path], header: Mapping[str, Any]) -> _Plan:
     return _Plan([Path(part) for part in parts], first_rows, sources, rows, dim, kind, str(id_type))
 
 
-class _reading:  # noqa: N801 - reads as a statement
+@contextmanager
+def _reading(part: str | Path) -> Iterator[None]:
     """Turns what goes wrong while reading a part into InputError."""
-
-    def __init__(self, part: str | Path) -> None:
-        self.part = part
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (OSError, pa.ArrowException)):
-            raise InputError(f"the part {self.part} cannot be read ({error}); {layout.AGAIN}") from error
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"the part {part} cannot be read ({error}); {layout.AGAIN}") from error
 
 
 def _write_rows(sealing: Path, plan: _Plan, header: dict[str, Any], batch_rows: int) -> dict[str, Any]:

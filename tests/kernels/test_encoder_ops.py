@@ -186,8 +186,3 @@ def test_int8_rows_are_stretched_to_their_largest_component() -> None:
     assert made.values.tolist() == [[32, -127, 64], [0, 0, 0]]
     assert made.row_scale is not None
     assert torch.allclose(made.row_scale, torch.tensor([2 / 127, 0.0]))
-
-
-def test_runs_join_equal_neighbours_only() -> None:
-    assert reference.runs([3, 3, 5, 3]) == [(2, 3), (1, 5), (1, 3)]
-    assert reference.runs([]) == []

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
+
+from tests.kernels.scripts import run
 
 pytest.importorskip("triton")
 
@@ -26,20 +27,6 @@ def interpret(file: str) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-def run(script: str, environment: dict[str, str]) -> None:
-    base = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON", "FLIPKD"))}
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        env={**base, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "right"
 
 
 @pytest.mark.parametrize("file", ["interpreted_pair_score.py", "interpreted_pool_project.py"])

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
+
+from tests.kernels.scripts import run
 
 pytest.importorskip("triton")
 
@@ -132,20 +130,6 @@ LAUNCHES = """
     assert set(kernel.arg_names) == set(arguments) - {"num_warps", "enable_fp_fusion"}
     print("right")
 """
-
-
-def run(script: str, environment: dict[str, str]) -> None:
-    base = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON", "FLIPKD"))}
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        env={**base, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "right"
 
 
 @pytest.mark.parametrize("script", [SCORE, POOL], ids=["pair_score", "pool_project"])

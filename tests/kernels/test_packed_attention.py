@@ -128,3 +128,8 @@ def test_the_operator_behind_varlen_attn_takes_these_arguments() -> None:
 def test_only_half_precision_on_a_gpu_goes_to_flash() -> None:
     assert varlen._flash(torch.zeros(1, 1, 8, dtype=torch.bfloat16)) is None
     assert varlen._flash(torch.zeros(1, 1, 8, device="meta", dtype=torch.bfloat16)) is None
+
+
+def test_runs_join_equal_neighbours_only() -> None:
+    assert varlen.runs([3, 3, 0, 5, 3]) == ((2, 3), (1, 5), (1, 3))
+    assert varlen.runs([]) == ()

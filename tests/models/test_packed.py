@@ -11,7 +11,7 @@ from torch.nn.functional import linear, normalize
 
 from flipkd.models.adapter import FAMILIES, new_student, save_student
 from flipkd.models.options import StudentOptions
-from flipkd.models.packed import pack, packed_attention
+from flipkd.models.packed import attention_for_transformers, pack
 from flipkd.models.student import Student
 from tests.small_models import make_base
 
@@ -106,7 +106,7 @@ def test_pack_orders_by_length_and_restarts_positions() -> None:
 def test_attention_refuses_a_mask() -> None:
     one = torch.zeros(1, 1, 2, 4)
     with pytest.raises(ValueError, match="no attention mask"):
-        packed_attention(torch.nn.Identity(), one, one, one, torch.ones(1, 1, 2, 2), groups=((1, 2),))
+        attention_for_transformers(torch.nn.Identity(), one, one, one, torch.ones(1, 1, 2, 2), groups=((1, 2),))
 
 
 def test_gradients_reach_every_lora_weight_that_is_read(base_dir: Path) -> None:

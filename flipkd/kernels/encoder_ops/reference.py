@@ -82,17 +82,6 @@ def attend(product: Product, lengths: Sequence[int], heads: Heads, dtype: torch.
     return operand(mixed.reshape(len(values), -1), dtype)
 
 
-def runs(lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """(count, length) of equal lengths that stand side by side."""
-    found: list[tuple[int, int]] = []
-    for length in lengths:
-        if found and found[-1][1] == length:
-            found[-1] = (found[-1][0] + 1, length)
-        else:
-            found.append((1, length))
-    return found
-
-
 def _rotated(rows: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """[T, heads, width] turned by position, in float32 as transformers' tables are."""
     first, second = rows.float().chunk(2, dim=-1)
