@@ -7,24 +7,27 @@ neighbours.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from flipkd.errors import ConfigError
 from flipkd.models.batches import packed_batches, tokenized_chunks
 from flipkd.models.folder import folder_fingerprint, read_folder
-from flipkd.models.parallel import loaded_at_first_use, not_finite, run_batches
+from flipkd.models.parallel import finite_rows, loaded_at_first_use, not_finite, run_batches
 from flipkd.models.tokenizer import load_tokenizer, longest_input, text_tokenizer
 from flipkd.models.tokens import TextTokenizer, TokenizedTexts
+from flipkd.vectors.rows import STORAGE, VectorRows, quantise
 
 if TYPE_CHECKING:
     import torch
 
+    from flipkd.config import VectorDtype
+    from flipkd.models.fused_rows import RowModel
     from flipkd.models.parallel import Model
 
 DTYPES = ("float32", "bf16", "int8")
@@ -32,6 +35,7 @@ DEVICES = ("cpu", "cuda", "auto")
 # Measured with MiniLM on a CPU: from 512 to 8,192 tokens the speed is the same, and small batches share out better.
 # A GPU wants to be filled.
 MAX_TOKENS = {"cpu": 1024, "cuda": 65536}
+GPU_STREAMS = 2  # one batch is copied while another computes
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,15 @@ class EncodedTexts:
     tokens: np.ndarray
 
 
+@dataclass(frozen=True)
+class TextRows:
+    """Rows of N texts as a store keeps them: ``rows`` [N, dim]; ``truncated`` and ``tokens`` as in ``EncodedTexts``."""
+
+    rows: VectorRows
+    truncated: np.ndarray
+    tokens: np.ndarray
+
+
 class Encoder:
     """A loaded bi-encoder. Use ``load_encoder`` to get one.
 
@@ -56,6 +69,7 @@ class Encoder:
             [texts, dim].
         mixes_lengths: whether texts of different lengths may stand in one call of ``model``.
         exact_model: gives the same in float32; called only when ``model`` gives a number that is not finite.
+        row_model: gives finished rows of a dtype in one go (``flipkd.models.fused_rows``); None where it cannot.
         dim: size of a vector.
         max_length: most tokens per text, special tokens included; None for no limit.
         dtype: "float32", "bf16" or "int8", what the transformer multiplies in; pooling and all after it are float32.
@@ -71,6 +85,7 @@ class Encoder:
         model: Model,
         mixes_lengths: bool,
         exact_model: Model | None,
+        row_model: RowModel | None,
         dim: int,
         max_length: int | None,
         dtype: str,
@@ -82,6 +97,7 @@ class Encoder:
         self._model = model
         self._mixes_lengths = mixes_lengths
         self._exact_model = exact_model
+        self._row_model = row_model
         self.dim = dim
         self.max_length = max_length
         self.dtype = dtype
@@ -112,6 +128,45 @@ class Encoder:
             ConfigError: ``max_tokens`` is not positive.
             ModelError: the model gives numbers that are not finite, in float32 too; names the places of the texts.
         """
+        found = self._encode(texts, max_tokens, self._model, self._exact_model, np.float32, finite_rows)
+        if normalize:
+            vectors = found.vectors
+            vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        return found
+
+    def encode_rows(self, texts: Sequence[str], dtype: VectorDtype, *, max_tokens: int | None = None) -> TextRows:
+        """Encodes texts into rows of ``dtype``; arguments and errors are those of ``encode_texts``."""
+        row_model = self._row_model
+        if row_model is None:
+            encoded = self.encode_texts(texts, max_tokens=max_tokens)
+            return TextRows(quantise(encoded.vectors, dtype), encoded.truncated, encoded.tokens)
+
+        def rows(*tensors: torch.Tensor) -> torch.Tensor:
+            return row_model(*tensors, dtype)
+
+        def exact(*tensors: torch.Tensor) -> torch.Tensor:
+            import torch
+
+            vectors = (self._exact_model or self._model)(*tensors).cpu().numpy()
+            finite = finite_rows(vectors)
+            vectors[~finite] = 0
+            vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+            return torch.from_numpy(quantise(vectors, dtype).values)
+
+        # A row that is not finite is zero, and no other is.
+        found = self._encode(texts, max_tokens, rows, exact, STORAGE[dtype], lambda rows: rows.any(axis=1))
+        return TextRows(VectorRows(found.vectors, dtype), found.truncated, found.tokens)
+
+    def _encode(
+        self,
+        texts: Sequence[str],
+        max_tokens: int | None,
+        model: Model,
+        exact_model: Model | None,
+        kind: Any,
+        are_finite: Callable[[np.ndarray], np.ndarray],
+    ) -> EncodedTexts:
+        """What ``model`` makes of the texts, [N, dim] of numpy type ``kind``."""
         if max_tokens is None:
             max_tokens = MAX_TOKENS[self.device.type]
         if max_tokens < 1:
@@ -119,7 +174,7 @@ class Encoder:
         first_places: dict[str, int] = {}
         rows = np.fromiter((first_places.setdefault(text, len(first_places)) for text in texts), np.int64, len(texts))
         distinct = list(first_places)
-        vectors = np.zeros((len(distinct), self.dim), dtype=np.float32)
+        vectors = np.zeros((len(distinct), self.dim), kind)
         truncated = np.zeros(len(distinct), dtype=np.bool_)
         tokens = np.zeros(len(distinct), dtype=np.int32)
 
@@ -130,13 +185,12 @@ class Encoder:
                 yield start, chunk
 
         batches = packed_batches(noted(), max_tokens, self._mixes_lengths)
-        with closing(run_batches(batches, self._model, self._exact_model, self.device, self.threads)) as results:
+        running = run_batches(batches, model, exact_model, self.device, self.threads, are_finite)
+        with closing(running) as results:
             for places, found, finite in results:
                 if not finite.all():
                     raise not_finite("encoder", "texts", rows, places[~finite])
                 vectors[places] = found
-        if normalize:
-            vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         if len(distinct) == len(texts):
             return EncodedTexts(vectors, truncated, tokens)
         return EncodedTexts(vectors[rows], truncated[rows], tokens[rows])
@@ -159,7 +213,8 @@ def load_encoder(
         device: "cpu", "cuda", or "auto" (CUDA if there is a device).
         max_length: most tokens per text, special tokens included; by default what the folder says.
         trust_remote_code: allow the folder to bring Python code for its transformer or tokenizer.
-        threads: CPU threads, one batch each; by default as many as torch would use. A GPU takes one batch at a time.
+        threads: CPU threads, one batch each; by default as many as torch would use. A GPU has two
+            streams instead.
 
     Raises:
         ConfigError: an argument is out of range.
@@ -172,6 +227,7 @@ def load_encoder(
 
     from flipkd.kernels.packed_attention import runs
     from flipkd.models.backbone import Backbone, load_backbone
+    from flipkd.models.fused_rows import load_fused_rows
     from flipkd.models.pooling import load_head, output_width, pool_packed
 
     place = find_device(device)
@@ -201,11 +257,12 @@ def load_encoder(
         model=through(backbone),
         mixes_lengths=backbone.mixes_lengths,
         exact_model=loaded_at_first_use(exact) if dtype != "float32" else None,
+        row_model=load_fused_rows(settings, backbone, place) if place.type == "cuda" else None,
         dim=output_width(settings, backbone.width),
         max_length=limit,
         dtype=dtype,
         device=place,
-        threads=1 if place.type == "cuda" else threads or torch.get_num_threads(),
+        threads=GPU_STREAMS if place.type == "cuda" else threads or torch.get_num_threads(),
         fingerprint=folder_fingerprint(settings.path, max_length),
     )
 
