@@ -17,6 +17,7 @@ import numpy as np
 
 from flipkd.errors import ConfigError
 from flipkd.models.batches import packed_batches, tokenized_chunks
+from flipkd.models.device import GPU_STREAMS, MAX_TOKENS, check_options, find_device
 from flipkd.models.folder import folder_fingerprint, read_folder
 from flipkd.models.parallel import finite_rows, loaded_at_first_use, not_finite, run_batches
 from flipkd.models.tokenizer import load_tokenizer, longest_input, text_tokenizer
@@ -29,13 +30,6 @@ if TYPE_CHECKING:
     from flipkd.config import VectorDtype
     from flipkd.models.fused_rows import RowModel
     from flipkd.models.parallel import Model
-
-DTYPES = ("float32", "bf16", "int8")
-DEVICES = ("cpu", "cuda", "auto")
-# Measured with MiniLM on a CPU: from 512 to 8,192 tokens the speed is the same, and small batches share out better.
-# A GPU wants to be filled.
-MAX_TOKENS = {"cpu": 1024, "cuda": 65536}
-GPU_STREAMS = 2  # one batch is copied while another computes
 
 
 @dataclass(frozen=True)
@@ -85,7 +79,7 @@ class Encoder:
         model: Model,
         mixes_lengths: bool,
         exact_model: Model | None,
-        row_model: RowModel | None,
+        row_model: RowModel | None = None,
         dim: int,
         max_length: int | None,
         dtype: str,
@@ -141,8 +135,12 @@ class Encoder:
             encoded = self.encode_texts(texts, max_tokens=max_tokens)
             return TextRows(quantise(encoded.vectors, dtype), encoded.truncated, encoded.tokens)
 
-        def rows(*tensors: torch.Tensor) -> torch.Tensor:
-            return row_model(*tensors, dtype)
+        def model(ids: torch.Tensor, positions: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+            return row_model(ids, positions, lengths, dtype)
+
+        def are_finite(rows: np.ndarray) -> np.ndarray:
+            made: np.ndarray = np.count_nonzero(rows, axis=1) > 0
+            return made
 
         def exact(*tensors: torch.Tensor) -> torch.Tensor:
             import torch
@@ -154,7 +152,7 @@ class Encoder:
             return torch.from_numpy(quantise(vectors, dtype).values)
 
         # A row that is not finite is zero, and no other is.
-        found = self._encode(texts, max_tokens, rows, exact, STORAGE[dtype], lambda rows: rows.any(axis=1))
+        found = self._encode(texts, max_tokens, model, exact, STORAGE[dtype], are_finite)
         return TextRows(VectorRows(found.vectors, dtype), found.truncated, found.tokens)
 
     def _encode(
@@ -265,34 +263,3 @@ def load_encoder(
         threads=GPU_STREAMS if place.type == "cuda" else threads or torch.get_num_threads(),
         fingerprint=folder_fingerprint(settings.path, max_length),
     )
-
-
-def check_options(dtype: str, device: str, max_length: int | None, threads: int | None) -> None:
-    """Refuses what ``load_encoder`` and its like cannot be told.
-
-    Raises:
-        ConfigError: names the argument and what it may be.
-    """
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype {dtype!r} is not known; choose from {', '.join(DTYPES)}")
-    if device not in DEVICES:
-        raise ConfigError(f"device {device!r} is not known; choose from {', '.join(DEVICES)}")
-    for name, number in (("max_length", max_length), ("threads", threads)):
-        if number is not None and number < 1:
-            raise ConfigError(f"{name} must be at least 1, not {number}")
-
-
-def find_device(device: str) -> torch.device:
-    """The device that "cpu", "cuda" or "auto" (CUDA if there is a device) stands for.
-
-    Raises:
-        ConfigError: there is no CUDA device.
-    """
-    import torch
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    place = torch.device(device)
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device 'cuda' was asked for, but torch sees no CUDA device; use cpu or auto")
-    return place

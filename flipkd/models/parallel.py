@@ -113,7 +113,7 @@ def _own_stream(device: torch.device) -> AbstractContextManager[object]:
     import torch
 
     if not hasattr(_streams, "stream"):
-        _streams.stream = torch.cuda.Stream(device)
+        _streams.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         _streams.stream.wait_stream(torch.cuda.default_stream(device))  # where the weights were made
     return torch.cuda.stream(_streams.stream)
 

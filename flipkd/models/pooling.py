@@ -90,8 +90,9 @@ def load_projection(folder: ModelFolder, device: torch.device) -> Tensor | None:
     if len(folder.steps) != 2 or folder.truncate_dim is not None:
         return None
     dense, last = folder.steps
-    is_plain = isinstance(dense, DenseSettings) and not dense.bias and not dense.use_residual
-    if not is_plain or dense.activation != "Identity" or not isinstance(last, NormalizeSettings):
+    if not isinstance(dense, DenseSettings) or not isinstance(last, NormalizeSettings):
+        return None
+    if dense.bias or dense.use_residual or dense.activation != "Identity":
         return None
     return _weights(dense, device)["linear.weight"]
 
