@@ -19,6 +19,7 @@ from flipkd.errors import ConfigError
 from flipkd.models.batches import packed_batches, tokenized_chunks
 from flipkd.models.folder import folder_fingerprint, read_folder
 from flipkd.models.parallel import loaded_at_first_use, not_finite, run_batches
+from flipkd.models.progress import tell
 from flipkd.models.tokenizer import load_tokenizer, longest_input, text_tokenizer
 from flipkd.models.tokens import TextTokenizer, TokenizedTexts
 
@@ -129,12 +130,15 @@ class Encoder:
                 tokens[start : start + len(chunk.ids)] = [len(ids) for ids in chunk.ids]
                 yield start, chunk
 
+        done = 0
         batches = packed_batches(noted(), max_tokens, self._mixes_lengths)
         with closing(run_batches(batches, self._model, self._exact_model, self.device, self.threads)) as results:
             for places, found, finite in results:
                 if not finite.all():
                     raise not_finite("encoder", "texts", rows, places[~finite])
                 vectors[places] = found
+                done += len(places)
+                tell(done, len(distinct))
         if normalize:
             vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         if len(distinct) == len(texts):

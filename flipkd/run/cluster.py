@@ -21,6 +21,7 @@ from flipkd.config import RunOptions
 from flipkd.data.commit import read_json, write_json
 from flipkd.data.location import Location
 from flipkd.errors import ClusterError, ConfigError, FlipkdError
+from flipkd.logs import LogOptions, current_options, log_to_stderr
 from flipkd.run.local import UnitFunction, attempt
 from flipkd.run.manifest import WORK_FOLDER, UnitReport, read_reports
 from flipkd.run.output import remove_folder
@@ -48,7 +49,10 @@ class _UnitActor:
         output: Location,
         max_retries: int,
         skip_bad_shards: bool,
+        logs: LogOptions | None,
     ) -> None:
+        if logs is not None:
+            log_to_stderr(logs)
         self._worker = make_worker(threads)
         self._output, self._max_retries, self._skip = output, max_retries, skip_bad_shards
 
@@ -123,7 +127,7 @@ def run_cluster(
             [{"unit": pickle.dumps(unit)} for unit in units], override_num_blocks=len(units)
         ).map_batches(
             _UnitActor,
-            fn_constructor_args=(make_worker, threads, output, run.max_retries, skip_bad_shards),
+            fn_constructor_args=(make_worker, threads, output, run.max_retries, skip_bad_shards, current_options()),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(min_size=smallest, max_size=largest, max_tasks_in_flight_per_actor=2),
             num_cpus=threads,
