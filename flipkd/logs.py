@@ -68,7 +68,7 @@ def log_to_stderr(options: LogOptions) -> logging.Handler:
     """The same for the rest of the process, as a Ray worker wants it. Returns the handler."""
     global _current
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_JsonFormatter() if options.form == "json" else _TextFormatter())
+    handler.setFormatter(_formatter(options))
     root = logging.getLogger()
     root.addHandler(handler)
     root.setLevel(options.level.upper())
@@ -76,6 +76,21 @@ def log_to_stderr(options: LogOptions) -> logging.Handler:
     logging.captureWarnings(True)
     _current = options
     return handler
+
+
+def adopt_handlers(*names: str) -> None:
+    """In a JSON log, what a library prints on stderr by handlers of its own is JSON too, from the same level on."""
+    if _current is None or _current.form != "json":
+        return
+    for name in names:
+        for handler in logging.getLogger(name).handlers:
+            if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+                handler.setFormatter(_formatter(_current))
+                handler.setLevel(_current.level.upper())
+
+
+def _formatter(options: LogOptions) -> logging.Formatter:
+    return _JsonFormatter() if options.form == "json" else _TextFormatter()
 
 
 class _TextFormatter(logging.Formatter):

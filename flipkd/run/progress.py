@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from typing import Any
 
 from tqdm import tqdm
@@ -39,7 +40,14 @@ class _Records(_Lines):
         stage, unit, done, total = state["prefix"], state["unit"].strip(), round(state["n"]), state["total"]
         rate = state["rate"] or (state["n"] - state["initial"]) / max(state["elapsed"], 1e-9)
         left = round((total - done) / rate, 1) if total and rate > 0 else None
-        fields = {"stage": stage, "unit": unit, "done": done, "total": total, "per_second": rate, "seconds_left": left}
+        fields = {
+            "stage": stage,
+            "unit": unit,
+            "done": done,
+            "total": total,
+            "per_second": round(rate, 1),
+            "seconds_left": left,
+        }
         logging.getLogger(COMMAND_LOGGER).info("%s: %s of %s %s", stage, done, total, unit, extra={"fields": fields})
 
 
@@ -82,7 +90,9 @@ class ProgressBar:
     def publish(self, state: CommandState) -> None:
         """Shows the stages that have begun; the last line of one comes when it ends."""
         for stage in state.stages[len(self._bars) :]:
-            self._bars.append(progress_bar(stage.kind, stage.rows, stage.unit_name, True, stage.resumed_rows))
+            bar = progress_bar(stage.kind, stage.rows, stage.unit_name, True, stage.resumed_rows)
+            bar.start_t = bar.last_print_t = time.time() - stage.seconds
+            self._bars.append(bar)
         for bar, stage in zip(self._bars, state.stages, strict=True):
             bar.update(stage.rows_done - bar.n)
             if not stage.is_running:
