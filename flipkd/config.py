@@ -34,6 +34,7 @@ class RunOptions:
         start_timeout_s: seconds to wait for the first ``min_workers`` Ray workers.
         overwrite: whether the output of another run is deleted first.
         progress: whether progress is shown on stderr.
+        metrics_file: text file of metrics for Prometheus, of ``encode``, ``score``, ``teach`` and ``rescore``.
     """
 
     ray: str | None = None
@@ -48,6 +49,7 @@ class RunOptions:
     start_timeout_s: float = 600.0
     overwrite: bool = False
     progress: bool = False
+    metrics_file: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("workers", "threads"):

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from flipkd.cli import batch, demo, evaluate, export, rescore, teach, train
+from flipkd.cli.options import say
 from flipkd.errors import FlipkdError
 
 
@@ -17,7 +18,7 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except FlipkdError as error:
-            click.echo(f"Error: {error}", err=True)
+            say(f"Error: {error}")
             ctx.exit(error.exit_code)
 
 

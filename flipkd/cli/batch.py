@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Any
 
@@ -11,15 +12,18 @@ from flipkd.cli.options import (
     cache_options,
     common_options,
     encoder_options,
+    metrics_options,
     print_values,
     records_options,
     report_job,
     run_options,
+    say,
     set_up_logging,
     take_encoder,
     take_run,
 )
 from flipkd.config import EncodeConfig, ScoreConfig
+from flipkd.errors import ConfigError
 
 
 @click.command()
@@ -31,6 +35,7 @@ from flipkd.config import EncodeConfig, ScoreConfig
 @records_options
 @encoder_options
 @run_options
+@metrics_options
 @common_options
 def encode(as_json: bool, log_level: str, forget: str | None, **options: Any) -> None:
     """Turn a record table into a memory-mapped vector store."""
@@ -42,7 +47,7 @@ def encode(as_json: bool, log_level: str, forget: str | None, **options: Any) ->
         found = run_forget(config, forget)
         print_values(found, as_json)
         if found["ids_not_found"]:
-            click.echo("partial: some ids are not in the records; the cache may hold vectors of their texts", err=True)
+            say("partial: some ids are not in the records; the cache may hold vectors of their texts", logging.WARNING)
             sys.exit(3)
         return
     from flipkd.run.encode import encode as run
@@ -75,6 +80,7 @@ def encode(as_json: bool, log_level: str, forget: str | None, **options: Any) ->
 @records_options
 @encoder_options
 @run_options
+@metrics_options
 @common_options
 def score(as_json: bool, log_level: str, dry_run: bool, **options: Any) -> None:
     """Score pairs: ids into a store, ids into record tables, or inline texts."""
@@ -97,10 +103,23 @@ def score(as_json: bool, log_level: str, dry_run: bool, **options: Any) -> None:
 
 @click.command()
 @click.argument("folder")
+@click.option("--watch", is_flag=True, help="Follow the job to its end; the exit code is then the job's, 1 if it died.")
+@click.option(
+    "--interval",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="Between two looks of --watch. Default: 2 on a terminal, 30 elsewhere.",
+)
 @common_options
-def status(folder: str, as_json: bool, log_level: str) -> None:
-    """Say how far the job of an output FOLDER is."""
+def status(folder: str, watch: bool, interval: float | None, as_json: bool, log_level: str) -> None:
+    """Say how far the job of an output FOLDER is: of encode, score, teach, train, rescore or evaluate."""
     set_up_logging(log_level)
+    if interval is not None and not watch:
+        raise ConfigError("--interval needs --watch")
+    if watch:
+        from flipkd.run.watch import watch as follow
+
+        sys.exit(follow(folder, interval_s=interval, as_json=as_json))
     from flipkd.run.status import status as read_status
 
     print_values(read_status(folder), as_json)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import click
 
-from flipkd.cli.options import common_options, print_values, set_up_logging
+from flipkd.cli.options import common_options, print_values, say, set_up_logging
 from flipkd.report.config import EvaluateConfig
 
 
@@ -82,7 +83,7 @@ def _print_report(facts: dict[str, Any], output: str) -> None:
         if cost:
             click.echo(f"  {scale} of least cost at {cost['ratio']:g} to 1: {_threshold(cost)}")
     for warning in facts["warnings"]:
-        click.echo(f"warning: {warning}", err=True)
+        say(f"warning: {warning}", logging.WARNING)
 
 
 def _threshold(row: dict[str, Any] | None) -> str:

@@ -14,11 +14,12 @@ from typing import Any, TypeVar
 import click
 
 from flipkd.config import EncoderOptions, RunOptions
+from flipkd.logs import COMMAND_LOGGER, LOG_FORMATS, LogFormat, LogOptions, current_options, logging_to_stderr
 
 F = TypeVar("F", bound=Callable[..., Any])
 _RUN = (
     "ray", "workers", "min_workers", "threads", "gpus", "on_bad_shard", "max_retries", "max_failed_units",
-    "stall_timeout_s", "start_timeout_s", "overwrite", "progress",
+    "stall_timeout_s", "start_timeout_s", "overwrite", "progress", "metrics_file",
 )  # fmt: skip
 
 
@@ -69,12 +70,21 @@ def _options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
+_LOG_FORMAT = "flipkd.log_format"
+
+
+def _take_log_format(ctx: click.Context, _: click.Parameter, value: LogFormat) -> None:
+    ctx.meta[_LOG_FORMAT] = value
+
+
 common_options = _options(
     click.option("--config", type=click.Path(dir_okay=False), is_eager=True, expose_value=False, callback=_load_config,
                  help="YAML or TOML file with any of these options."),
     click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
     click.option("--log-level", default="warning", show_default=True,
                  type=click.Choice(["debug", "info", "warning", "error"], case_sensitive=False)),
+    click.option("--log-format", type=click.Choice(LOG_FORMATS), default="text", show_default=True, expose_value=False,
+                 callback=_take_log_format, help="Of what stands on stderr; json: one object a line, progress too."),
 )  # fmt: skip
 
 run_options = _options(
@@ -93,6 +103,11 @@ run_options = _options(
                  help="Seconds to wait for the first Ray workers."),
     click.option("--overwrite", is_flag=True, help="Delete another run's output first."),
     click.option("--progress/--no-progress", default=True, help="Show progress on stderr."),
+)  # fmt: skip
+
+metrics_options = _options(
+    click.option("--metrics-file", metavar="FILE.prom",
+                 help="Write metrics for Prometheus there (node_exporter's textfile collector), again and again."),
 )  # fmt: skip
 
 encoder_options = _options(
@@ -135,7 +150,7 @@ cache_options = _options(
 
 
 def take_run(options: dict[str, Any]) -> RunOptions:
-    return RunOptions(**{name: options.pop(name) for name in _RUN})
+    return RunOptions(**{name: options.pop(name) for name in _RUN if name in options})
 
 
 def take_encoder(options: dict[str, Any]) -> EncoderOptions:
@@ -147,9 +162,19 @@ def take_encoder(options: dict[str, Any]) -> EncoderOptions:
 
 
 def set_up_logging(level: str) -> None:
-    logging.basicConfig(
-        level=level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    """Until the command ends, logs and Python's warnings go to stderr, as --log-level and --log-format say."""
+    context = click.get_current_context()
+    # Of the whole program: what goes wrong is told when the command's own context has ended.
+    context.find_root().with_resource(logging_to_stderr(LogOptions(level, context.meta[_LOG_FORMAT])))
+
+
+def say(message: str, level: int = logging.ERROR) -> None:
+    """The last word of a command on stderr: a line, or in a JSON log an object."""
+    options = current_options()
+    if options is not None and options.form == "json":
+        logging.getLogger(COMMAND_LOGGER).log(level, "%s", message)
+    else:
+        click.echo(message, err=True)
 
 
 def report_job(manifest: dict[str, Any], output: str, as_json: bool) -> None:
@@ -164,7 +189,7 @@ def report_job(manifest: dict[str, Any], output: str, as_json: bool) -> None:
         )
     if not manifest["complete"]:
         skipped = len(manifest["skipped_shards"]) + len(manifest["skipped_units"])
-        click.echo(f"partial: {skipped} files or units were skipped; see _manifest.json in {output}", err=True)
+        say(f"partial: {skipped} files or units were skipped; see _manifest.json in {output}", logging.WARNING)
         sys.exit(3)
 
 

@@ -8,6 +8,7 @@ import click
 
 from flipkd.cli.options import (
     common_options,
+    metrics_options,
     print_values,
     record_text_options,
     report_job,
@@ -83,6 +84,7 @@ def _labels(_: click.Context, __: click.Parameter, value: str | None) -> tuple[s
 @click.option("--dry-run", is_flag=True, help="Print pairs, tokens and time, from a short measurement, and stop.")
 @record_text_options
 @run_options
+@metrics_options
 @common_options
 def rescore(as_json: bool, log_level: str, dry_run: bool, llm: str, llm_dtype: str, **options: Any) -> None:
     """Let an LLM answer for the pairs near the threshold."""

@@ -10,6 +10,7 @@ from flipkd.cli.options import (
     cache_options,
     common_options,
     encoder_options,
+    metrics_options,
     record_text_options,
     report_job,
     run_options,
@@ -36,6 +37,7 @@ from flipkd.config import DEFAULT_LABEL_COLUMN, TeachConfig
 @record_text_options
 @encoder_options
 @run_options
+@metrics_options
 @common_options
 def teach(as_json: bool, log_level: str, **options: Any) -> None:
     """Score pairs with a teacher: what train learns from."""

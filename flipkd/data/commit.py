@@ -183,11 +183,22 @@ def write_json(root: Location, name: str, values: Mapping[str, Any]) -> None:
 def write_private_file(path: str, data: bytes) -> None:
     """Writes a local file of mode 0600 under a hidden name, flushes it and renames it."""
     with writing(path):
+        make_private_folder(os.path.dirname(path))
+    _write_file(path, data, 0o600)
+
+
+def write_public_file(path: str, data: bytes) -> None:
+    """The same for a file that everybody may read, whatever the umask; nothing of a record may be in it."""
+    _write_file(path, data, 0o644)
+
+
+def _write_file(path: str, data: bytes, mode: int) -> None:
+    with writing(path):
         folder, base = os.path.split(path)
-        make_private_folder(folder)
         temporary = os.path.join(folder, f".{base}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "wb") as sink:
+            os.fchmod(descriptor, mode)
             sink.write(data)
             sink.flush()
             os.fsync(descriptor)

@@ -21,6 +21,7 @@ from flipkd.distill.run_folder import RunFolder
 from flipkd.distill.train import output_path, run_facts, summary, train_worker
 from flipkd.distill.training_data import read_training_data
 from flipkd.errors import ClusterError, ConfigError, FlipkdError
+from flipkd.logs import current_options, log_to_stderr
 from flipkd.run.cluster import connect
 
 try:
@@ -54,7 +55,7 @@ def train_on_ray(config: TrainConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="flipkd-train-") as storage:
         trainer = ray.train.torch.TorchTrainer(
             _worker,
-            train_loop_config={"config": config, "threads": threads},
+            train_loop_config={"config": config, "threads": threads, "logs": current_options()},
             scaling_config=ray.train.ScalingConfig(
                 num_workers=count,
                 use_gpu=gpus > 0,
@@ -81,6 +82,8 @@ def train_on_ray(config: TrainConfig) -> dict[str, Any]:
 def _worker(task: dict[str, Any]) -> None:
     """One worker's share; runs in a process of Ray's."""
     config: TrainConfig = task["config"]
+    if task["logs"] is not None:
+        log_to_stderr(task["logs"])
     torch.set_num_threads(task["threads"])
     context = ray.train.get_context()
     workers = Workers(context.get_world_rank(), context.get_world_size())

@@ -23,6 +23,7 @@ from flipkd.models.batches import equal_length_batches, tokenized_chunks
 from flipkd.models.device import MAX_TOKENS, check_options, find_device
 from flipkd.models.pair_tokens import PairTokenizer
 from flipkd.models.parallel import loaded_at_first_use, not_finite, run_batches
+from flipkd.models.progress import tell
 from flipkd.models.teacher import CrossEncoderFolder, Scale, read_cross_encoder
 from flipkd.models.tokenizer import load_tokenizer, longest_input
 from flipkd.models.tokens import TokenizedTexts
@@ -125,6 +126,7 @@ class CrossEncoder:
                 else:
                     yield places, ids
 
+        done = 0
         with closing(run_batches(batches(), self._model, self._exact_model, self.device, self.threads)) as results:
             for places, found, finite in results:
                 if not finite.all():
@@ -132,6 +134,8 @@ class CrossEncoder:
                 if logits is None:
                     logits = np.full((len(distinct), found.shape[1]), np.nan, np.float32)
                 logits[places] = found
+                done += len(places)
+                tell(done, len(distinct))
         if (tokens == 0).any():
             raise ModelError("the cross-encoder's tokenizer makes no token at all of some pairs; they cannot be scored")
         scores = np.empty(0, np.float32) if logits is None else self._activate(logits)

@@ -20,6 +20,7 @@ from flipkd.models.batches import packed_batches, tokenized_chunks
 from flipkd.models.device import GPU_STREAMS, MAX_TOKENS, check_options, find_device
 from flipkd.models.folder import folder_fingerprint, read_folder
 from flipkd.models.parallel import finite_rows, loaded_at_first_use, not_finite, run_batches
+from flipkd.models.progress import tell
 from flipkd.models.tokenizer import load_tokenizer, longest_input, text_tokenizer
 from flipkd.models.tokens import TextTokenizer, TokenizedTexts
 from flipkd.vectors.rows import STORAGE, VectorRows, quantise
@@ -182,6 +183,7 @@ class Encoder:
                 tokens[start : start + len(chunk.ids)] = [len(ids) for ids in chunk.ids]
                 yield start, chunk
 
+        done = 0
         batches = packed_batches(noted(), max_tokens, self._mixes_lengths)
         running = run_batches(batches, model, exact_model, self.device, self.threads, are_finite)
         with closing(running) as results:
@@ -189,6 +191,8 @@ class Encoder:
                 if not finite.all():
                     raise not_finite("encoder", "texts", rows, places[~finite])
                 vectors[places] = found
+                done += len(places)
+                tell(done, len(distinct))
         if len(distinct) == len(texts):
             return EncodedTexts(vectors, truncated, tokens)
         return EncodedTexts(vectors[rows], truncated[rows], tokens[rows])

@@ -27,6 +27,7 @@ from flipkd.models.device import check_options, find_device
 from flipkd.models.llm import LlmFolder
 from flipkd.models.llm_options import LlmOptions
 from flipkd.models.llm_prompt import PairPrompt, PromptedPairs
+from flipkd.models.progress import tell
 
 # Tokens of a batch, keys and values of its prefixes included: what bounds memory. Our guesses, not measured.
 _MAX_TOKENS = {"cpu": 4096, "cuda": 65536}
@@ -173,7 +174,10 @@ class TorchEngine:
         starts = partial(torch.set_num_threads, 1) if self._device.type == "cpu" else None
         try:
             with ThreadPoolExecutor(self._threads, "flipkd-llm", starts) as pool:
+                done = 0
                 for places, found in pool.map(self._work, self._tasks(prompts)):
+                    done += len(np.unique(places[:, 0]))
+                    tell(done, len(prompts.own))
                     for label in range(2):
                         is_own = places[:, 1] == self._extra_of[label]
                         sums[places[is_own, 0], label] = found[is_own, label]

@@ -10,6 +10,7 @@ twice is written once.
 from __future__ import annotations
 
 import logging
+import os
 import pickle
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from flipkd.config import RunOptions
 from flipkd.data.commit import read_json, write_json
 from flipkd.data.location import Location
 from flipkd.errors import ClusterError, ConfigError, FlipkdError
+from flipkd.logs import LogOptions, adopt_handlers, current_options, log_to_stderr
 from flipkd.run.local import UnitFunction, attempt
 from flipkd.run.manifest import WORK_FOLDER, UnitReport, read_reports
 from flipkd.run.output import remove_folder
@@ -36,6 +38,7 @@ except ImportError as missing:
 logger = logging.getLogger(__name__)
 
 TRIES = f"{WORK_FOLDER}/tries"
+_RAY_LOGGERS = ("ray", "ray.data", "ray.train")
 
 
 class _UnitActor:
@@ -48,7 +51,11 @@ class _UnitActor:
         output: Location,
         max_retries: int,
         skip_bad_shards: bool,
+        logs: LogOptions | None,
     ) -> None:
+        if logs is not None:
+            log_to_stderr(logs)
+            adopt_handlers(*_RAY_LOGGERS)
         self._worker = make_worker(threads)
         self._output, self._max_retries, self._skip = output, max_retries, skip_bad_shards
 
@@ -123,7 +130,7 @@ def run_cluster(
             [{"unit": pickle.dumps(unit)} for unit in units], override_num_blocks=len(units)
         ).map_batches(
             _UnitActor,
-            fn_constructor_args=(make_worker, threads, output, run.max_retries, skip_bad_shards),
+            fn_constructor_args=(make_worker, threads, output, run.max_retries, skip_bad_shards, current_options()),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(min_size=smallest, max_size=largest, max_tasks_in_flight_per_actor=2),
             num_cpus=threads,
@@ -152,6 +159,10 @@ def connect(address: str) -> None:
     Raises:
         ClusterError: there is no cluster, or it refuses this client.
     """
+    adopt_handlers(*_RAY_LOGGERS)
+    log = current_options()
+    if log is not None and log.form == "json":
+        os.environ.setdefault("RAY_BACKEND_LOG_JSON", "1")  # of what Ray's C++ says on stderr
     if ray.is_initialized():
         return
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}

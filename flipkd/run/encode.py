@@ -29,6 +29,7 @@ from flipkd.errors import ConfigError, OutputError
 from flipkd.run.cached_encoder import CachedEncoder, text_cache
 from flipkd.run.job import Job, run_job
 from flipkd.run.manifest import MANIFEST, SOURCE_KEY, WORK_FOLDER, UnitReport
+from flipkd.run.observe import observed
 from flipkd.run.output import locked, refuse_overlap, remove_folder
 from flipkd.run.units import Plan, WorkUnit, fingerprint, plan_units
 from flipkd.vectors.cache import TextCache
@@ -124,7 +125,7 @@ def encode_planned(planned: EncodePlan) -> dict[str, Any]:
     """Runs a planned encode job under the store's lock."""
     config = planned.config
     output = open_location(config.output)
-    with locked(output):
+    with locked(output), observed("encode", config.run, output):
         sealed = read_json(output, STORE_FILE)
         if sealed is not None and sealed["fingerprint"] == planned.fingerprint:
             logger.info("%s is complete already", output.uri)

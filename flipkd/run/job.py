@@ -13,15 +13,16 @@ from flipkd.config import RunOptions
 from flipkd.data.commit import write_json
 from flipkd.data.location import Location
 from flipkd.errors import ClusterError
+from flipkd.models.progress import Listener
 from flipkd.run.local import UnitFunction, run_local
 from flipkd.run.manifest import MANIFEST, PLAN, Totals, UnitReport, read_reports, versions
+from flipkd.run.observe import observed
 from flipkd.run.output import check_space, prepare
-from flipkd.run.progress import progress_bar
 from flipkd.run.units import Plan, WorkUnit
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["encode", "texts", "join", "score", "teach", "rescore"]
+Kind = Literal["encode", "texts", "join", "candidates", "score", "teach", "rescore"]
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,13 @@ def run_job(job: Job) -> dict[str, Any]:
     if done:
         logger.info("%d of %d units are done already", len(done), len(job.plan.units))
     totals, failures = Totals(), []
-    with progress_bar(job.kind, job.plan.rows, job.unit_name, job.run.progress) as bar:
-        bar.update(job.plan.rows - pending_rows)
-        for report in _execute(job, pending):
+    resumed = read_reports(job.output, sorted(done))
+    for report in resumed:
+        totals.add(report)
+    with observed(job.kind, job.run) as seen, seen.stage(job.kind, job.unit_name, job.plan, resumed) as stage:
+        for report in _execute(job, pending, stage.listener):
             totals.add(report)
-            bar.update(report.rows_in)
+            stage.add(report)
             if report.error is not None:
                 failures.append({"output": report.output, "error": report.error})
                 logger.warning("skipped %s: %s", report.output, report.error)
@@ -89,8 +92,6 @@ def run_job(job: Job) -> dict[str, Any]:
                         f"the last one: {report.error}"
                     )
     seconds = time.perf_counter() - started
-    for report in read_reports(job.output, sorted(done)):
-        totals.add(report)
     stages_complete = job.about.get("stages_complete", True)
     manifest = {
         "format": 1,
@@ -126,7 +127,7 @@ def plan_facts(job: Job) -> dict[str, Any]:
     }
 
 
-def _execute(job: Job, pending: Sequence[WorkUnit]) -> Iterator[UnitReport]:
+def _execute(job: Job, pending: Sequence[WorkUnit], listener: Callable[[WorkUnit], Listener]) -> Iterator[UnitReport]:
     if not pending:
         return
     skip = job.run.on_bad_shard == "skip"
@@ -140,7 +141,7 @@ def _execute(job: Job, pending: Sequence[WorkUnit]) -> Iterator[UnitReport]:
     cores = job.run.threads or available_cores()
     workers = 1 if job.uses_model else min(job.run.workers or cores, len(pending))
     worker = job.make_worker(max(1, cores // workers))
-    yield from run_local(worker, pending, workers, skip)
+    yield from run_local(worker, pending, workers, skip, listener)
 
 
 def available_cores() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 # What `units._unit` makes of a unit; only files named like this are ever deleted.
 _OUTPUT_NAME = re.compile(rf"\.rows\d{{12,}}-\d{{12,}}\.[0-9a-f]{{{FINGERPRINT_CHARACTERS}}}\.parquet$")
 _TEMPORARY_NAME = re.compile(rf"^\..+\.[0-9a-f]{{32}}{re.escape(TEMPORARY_SUFFIX)}$")
+_LOCK = "lock"
+_GLANCE_S = 0.5  # longer than ``is_locked`` holds a lock
 _HEARTBEAT_S = 20.0
 _HEARTBEAT_STALE_S = 120.0
 
@@ -67,7 +70,7 @@ def locked(output: Location) -> Iterator[None]:
         folder = os.path.join(output.path, WORK_FOLDER)
         with writing(output.uri):
             make_private_folder(folder)
-            lock = FileLock(os.path.join(folder, "lock"), timeout=0, mode=0o600)
+            lock = FileLock(os.path.join(folder, _LOCK), timeout=_GLANCE_S, mode=0o600)
             try:
                 lock.acquire()
             except Timeout:
@@ -77,8 +80,35 @@ def locked(output: Location) -> Iterator[None]:
         finally:
             lock.release()
         return
-    with _heartbeat(output.child(f"{WORK_FOLDER}/lock"), refusal):
+    with _heartbeat(output.child(f"{WORK_FOLDER}/{_LOCK}"), refusal):
         yield
+
+
+def is_locked(output: Location) -> bool:
+    """Whether a job is alive that works on the folder. Nothing is written."""
+    lock = output.child(f"{WORK_FOLDER}/{_LOCK}")
+    if not output.is_local:
+        return _beats(lock)
+    try:
+        descriptor = os.open(lock.path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _beats(lock: Location) -> bool:
+    try:
+        with lock.filesystem.open_input_stream(lock.path) as source:
+            found = json.loads(source.read())
+        return time.time() - float(found["time"]) < _HEARTBEAT_STALE_S
+    except (FileNotFoundError, ValueError, KeyError):
+        return False
 
 
 @contextlib.contextmanager
@@ -89,13 +119,8 @@ def _heartbeat(target: Location, refusal: OutputInUseError) -> Iterator[None]:
         with writing(target.uri), target.filesystem.open_output_stream(target.path) as sink:
             sink.write(json.dumps({"holder": holder, "time": time.time()}).encode())
 
-    try:
-        with target.filesystem.open_input_stream(target.path) as source:
-            found = json.loads(source.read())
-        if time.time() - float(found["time"]) < _HEARTBEAT_STALE_S:
-            raise refusal
-    except (FileNotFoundError, ValueError, KeyError):
-        pass
+    if _beats(target):
+        raise refusal
     beat()
     ended = threading.Event()
 

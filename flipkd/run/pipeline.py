@@ -19,6 +19,7 @@ from flipkd.run.encode import (
     plan_encode,
 )
 from flipkd.run.job import Job, plan_facts, run_job
+from flipkd.run.observe import observed
 from flipkd.run.output import locked, prepare, remove_folder
 from flipkd.run.plan_score import ScorePlan, plan_score, work_folder
 from flipkd.run.score import ScoreWorker
@@ -37,7 +38,7 @@ def score(config: ScoreConfig) -> dict[str, Any]:
     """
     planned = plan_score(config)
     job = planned.job
-    with locked(job.output):
+    with locked(job.output), observed("score", config.run, job.output):
         # Whose folder it is must be known before hours of encoding.
         done = prepare(job.output, {unit.output for unit in job.plan.units}, config.run.overwrite)
         stages: dict[str, Any] = {}
@@ -151,7 +152,7 @@ def _top_k_job(planned: ScorePlan) -> tuple[Job, dict[str, Any]]:
     assert config.top_k is not None
     candidates = work_folder(config, planned.job.plan, task.run_fingerprint).child("candidates")
     worker = partial(ScoreWorker, replace(task, output=candidates, top_k=config.top_k))
-    found = run_job(replace(planned.job, output=candidates, make_worker=worker))
+    found = run_job(replace(planned.job, kind="candidates", output=candidates, make_worker=worker))
     failed = {failure["output"] for failure in found["skipped_units"]}
     units = [unit for unit in planned.job.plan.units if unit.output not in failed]
     names = [unit.output for unit in units]

@@ -28,6 +28,7 @@ from flipkd.run.combination import Combination, as_numbers, fit_from_output, wri
 from flipkd.run.job import Job, available_cores, run_job
 from flipkd.run.join import RecordTable, texts_of_ids
 from flipkd.run.manifest import UnitReport
+from flipkd.run.observe import observed
 from flipkd.run.output import locked
 from flipkd.run.plan_rescore import LLM_PROBABILITY, RESCORE_REASON, RescorePlan, plan_rescore
 from flipkd.run.rescore_config import RescoreConfig, budget_rows
@@ -183,7 +184,7 @@ def rescore(config: RescoreConfig) -> dict[str, Any]:
         FlipkdError: see ``flipkd.errors``; what was finished stays, and the same call goes on from there.
     """
     planned = plan_rescore(config)
-    with locked(planned.output):
+    with locked(planned.output), observed("rescore", config.run, planned.output):
         selection, about = _select(planned)
         manifest = run_job(_job(planned, selection, about))
         if config.fit_labels is not None:

@@ -13,18 +13,23 @@ from flipkd.distill.run_folder import RUN_FILE, run_status
 from flipkd.errors import InputError
 from flipkd.run.encode import PARTS, STORE_FILE
 from flipkd.run.manifest import MANIFEST, PLAN, WORK_FOLDER, Totals, read_reports
-from flipkd.run.output import list_outputs
+from flipkd.run.output import is_locked, list_outputs
+from flipkd.run.publishers import PROGRESS_FILE
+
+_REPORT = ("metrics.json", "report.html")
 
 
 def status(folder: str) -> dict[str, Any]:
     """Units and rows done, rate, time left and counts per reason.
 
     Args:
-        folder: output of ``score``, ``encode`` or ``teach``, or a run of ``train``.
+        folder: output of ``encode``, ``score``, ``teach`` or ``rescore``, a run of ``train``, or a report of
+            ``evaluate``.
 
     Returns:
-        For a running or broken-off job: ``state`` ``unfinished``, with the stage that is at work. ``rows_per_second``
-        and ``seconds_left`` come from the outputs committed since the job was last started.
+        ``state``: ``finished``, ``partial`` or ``unfinished``; then ``running`` tells whether a job is alive that works
+        on it, and ``stage`` what it is at. Of a running job the numbers are those that it wrote last (every few
+        seconds); else they come from the outputs that are there, the rate from those committed since the last start.
 
     Raises:
         InputError: the folder is not an output of flipkd.
@@ -32,27 +37,57 @@ def status(folder: str) -> dict[str, Any]:
     output = open_location(folder)
     if output.filesystem.get_file_info(output.path).type != pafs.FileType.Directory:
         raise InputError(f"{folder} is not a folder")
-    store = read_json(output, STORE_FILE) if output.is_local else None
+    running = is_locked(output)
+    found = _training(output) or (_at_work(output) if running else None) or _finished(output) or _left(output)
+    if found is None and running:  # it has only just begun
+        found = {"state": "unfinished", "kind": None}
+    if found is None:
+        raise InputError(
+            f"{folder} is not an output of flipkd: it has no {PLAN}; give the folder that was named by --output"
+        )
+    return {**found, "running": running} if found["state"] == "unfinished" else found
+
+
+def _training(output: Location) -> dict[str, Any] | None:
     run = read_json(output, RUN_FILE) if output.is_local else None
-    if run is not None:
-        return run_status(Path(output.path), run)
+    return None if run is None else run_status(Path(output.path), run)
+
+
+def _at_work(output: Location) -> dict[str, Any] | None:
+    facts = read_json(output, PROGRESS_FILE)
+    return None if facts is None else {"state": "unfinished", **facts}
+
+
+def _finished(output: Location) -> dict[str, Any] | None:
     manifest = read_json(output, MANIFEST)
-    if store is not None:
-        return {"state": "finished", "kind": "encode", "store": store, **_kept(manifest or {})}
-    facts = _progress(output)
-    if manifest is not None and facts is not None and facts["fingerprint"] == manifest["fingerprint"]:
-        facts["state"] = "finished" if manifest["complete"] else "partial"
-        facts["seconds_left"] = 0.0
-        return facts
+    if output.is_local:
+        store = read_json(output, STORE_FILE)
+        if store is not None:
+            complete = (manifest or {}).get("complete", True)
+            state = "finished" if complete else "partial"
+            return {"state": state, "kind": "encode", "store": store, **_kept(manifest or {})}
+        if all((Path(output.path) / name).is_file() for name in _REPORT):
+            labelled = (read_json(output, _REPORT[0]) or {}).get("labelled")
+            return {"state": "finished", "kind": "evaluate", "labelled": labelled}
+    facts = None if manifest is None else _progress(output)
+    if manifest is None or facts is None or facts["fingerprint"] != manifest["fingerprint"]:
+        return None
+    return {**facts, "state": "finished" if manifest["complete"] else "partial", "seconds_left": 0.0}
+
+
+def _left(output: Location) -> dict[str, Any] | None:
+    """Of what a job has left that was broken off."""
+    left = read_json(output, PROGRESS_FILE) or {}
+    told: dict[str, Any] = {name: left[name] for name in ("error", "updated") if name in left}
+    own = _progress(output)
     stages = [stage for stage in map(_progress, _stage_folders(output)) if stage is not None]
     unfinished = [stage for stage in stages if stage["units_done"] < stage["units"]]
-    if facts is not None and not (facts["units_done"] == 0 and unfinished):
-        return facts
-    if unfinished:
-        return {**unfinished[0], "stage": unfinished[0]["kind"]}
+    if own is not None and not (own["units_done"] == 0 and unfinished):
+        return {**own, **told}
     if stages:
-        return {**stages[-1], "stage": stages[-1]["kind"]}
-    raise InputError(f"{folder} is not an output of flipkd: it has no {PLAN}")
+        stage = (unfinished or stages[-1:])[0]
+        return {**stage, "stage": stage["kind"], **told}
+    return {"state": "unfinished", **left} if left else None
 
 
 def _kept(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -60,17 +95,19 @@ def _kept(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _stage_folders(output: Location) -> list[Location]:
-    """Folders of the stages before scoring: a store's parts; the work folder's joined pairs, text lists, stores."""
+    """Folders of the stages before the last: a store's parts; the work folder's pairs, texts, stores, candidates."""
     found = [output.child(PARTS)]
     selector = pafs.FileSelector(output.child(WORK_FOLDER).path, allow_not_found=True)
     for info in sorted(output.filesystem.get_file_info(selector), key=lambda info: info.path):
         if info.type == pafs.FileType.Directory and info.base_name != "parts":
             work = output.child(f"{WORK_FOLDER}/{info.base_name}")
             found += [work.child("joined"), work.child("lists"), work.child("store").child(PARTS), work.child(PARTS)]
+            found.append(work.child("candidates"))
     return found
 
 
 def _progress(output: Location) -> dict[str, Any] | None:
+    """From the plan, and the footers of what is there."""
     plan = read_json(output, PLAN)
     if plan is None:
         return None
@@ -87,17 +124,19 @@ def _progress(output: Location) -> dict[str, Any] | None:
     elapsed = max(fresh) - plan["started"] if fresh else 0.0
     rate = totals.rows_in / max(len(committed), 1) * len(fresh) / elapsed if elapsed > 0 else 0.0
     left = plan["rows"] - totals.rows_in
+    sums = totals.as_dict()
     return {
         "state": "unfinished",
         "kind": plan["kind"],
         "fingerprint": plan["fingerprint"],
+        "unit_name": plan["unit_name"],
         "units": plan["units"],
         "units_done": totals.units,
         "rows": plan["rows"],
         "rows_done": totals.rows_in,
         "rows_out": totals.rows_out,
-        "reasons": totals.as_dict()["reasons"],
-        "counts": totals.as_dict()["counts"],
+        "reasons": sums["reasons"],
+        "counts": sums["counts"],
         "rows_per_second": round(rate, 1),
         "seconds_left": round(left / rate, 1) if rate > 0 else None,
     }

@@ -21,6 +21,7 @@ from flipkd.run.job import Job, run_job
 from flipkd.run.join import JoinTask, JoinWorker, joined_plan
 from flipkd.run.local import UnitFunction
 from flipkd.run.manifest import WORK_FOLDER
+from flipkd.run.observe import observed
 from flipkd.run.output import locked, prepare, remove_folder
 from flipkd.run.pipeline import encode_inline, summary
 from flipkd.run.plan_teach import TeachPlan, plan_teach
@@ -52,7 +53,7 @@ def teach(config: TeachConfig) -> dict[str, Any]:
     vectors = output.child(TEACHER_VECTORS)
     work = output.child(WORK_FOLDER).child(work_name(plan, planned.run_fingerprint))
     job = _teach_job(planned, work, vectors)
-    with locked(output):
+    with locked(output), observed("teach", config.run, output):
         done = prepare(output, {unit.output for unit in plan.units}, config.run.overwrite)
         has_vectors = _check_vectors(planned, vectors, work)
         stages: dict[str, Any] = {}
