@@ -21,6 +21,7 @@ from flipkd.models.folder import folder_fingerprint, read_folder
 from flipkd.models.parallel import loaded_at_first_use, not_finite, run_batches
 from flipkd.models.tokenizer import load_tokenizer, longest_input, text_tokenizer
 from flipkd.models.tokens import TextTokenizer, TokenizedTexts
+from flipkd.models.trust import check_code
 
 if TYPE_CHECKING:
     import torch
@@ -167,6 +168,7 @@ def load_encoder(
     """
     check_options(dtype, device, max_length, threads)
     settings = read_folder(folder)  # before torch is imported, so that a wrong folder is reported at once
+    check_code(settings.transformer_path, trust_remote_code)
 
     import torch
 

@@ -33,10 +33,10 @@ def status(folder: str) -> dict[str, Any]:
     if output.filesystem.get_file_info(output.path).type != pafs.FileType.Directory:
         raise InputError(f"{folder} is not a folder")
     store = read_json(output, STORE_FILE) if output.is_local else None
-    run = read_json(output, RUN_FILE) if output.is_local else None
+    run = read_json(output, RUN_FILE, config=dict) if output.is_local else None
     if run is not None:
         return run_status(Path(output.path), run)
-    manifest = read_json(output, MANIFEST)
+    manifest = read_json(output, MANIFEST, fingerprint=str, complete=bool)
     if store is not None:
         return {"state": "finished", "kind": "encode", "store": store, **_kept(manifest or {})}
     facts = _progress(output)
@@ -71,7 +71,7 @@ def _stage_folders(output: Location) -> list[Location]:
 
 
 def _progress(output: Location) -> dict[str, Any] | None:
-    plan = read_json(output, PLAN)
+    plan = read_json(output, PLAN, fingerprint=str, kind=str, units=int, rows=int, started=float)
     if plan is None:
         return None
     names, _ = list_outputs(output)
