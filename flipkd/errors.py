@@ -18,6 +18,11 @@ named by its file and row.
 
 from __future__ import annotations
 
+import os
+import traceback
+
+_PACKAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "")
+
 
 class FlipkdError(Exception):
     """Base of all errors raised on purpose."""
@@ -57,3 +62,10 @@ class KernelError(FlipkdError):
 
 class ClusterError(FlipkdError):
     """The Ray job cannot go on."""
+
+
+def told_without_data(error: BaseException) -> str:
+    """An unexpected exception's kind, and where in flipkd it came up; without its message, which may quote a record."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(_PACKAGE)]
+    places = [f"{frame.filename.removeprefix(_PACKAGE)}:{frame.lineno} {frame.name}" for frame in reversed(frames[-3:])]
+    return f"{type(error).__module__}.{type(error).__qualname__} in {' < '.join(places) or 'a library'}"

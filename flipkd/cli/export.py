@@ -13,15 +13,25 @@ from flipkd.cli.options import common_options, print_values, set_up_logging
 @click.option("--student", help="Folder of the student's base, if it has moved since the training.")
 @click.option("--template", help="The records' template, as in '{name} | {address}'; recorded in flipkd.json.")
 @click.option("--overwrite", is_flag=True, help="Replace an older encoder.")
+@click.option("--trust-remote-code", is_flag=True, help="Let Python code in the base's folder run.")
 @common_options
 def export(
-    as_json: bool, log_level: str, run: str, output: str, student: str | None, template: str | None, overwrite: bool
+    as_json: bool,
+    log_level: str,
+    run: str,
+    output: str,
+    student: str | None,
+    template: str | None,
+    overwrite: bool,
+    trust_remote_code: bool,
 ) -> None:
     """Turn a trained student into an encoder that score, sentence-transformers and vLLM load."""
     set_up_logging(log_level)
     from flipkd.models.export import export as run_export
 
-    found = run_export(run, output, base=student, template=template, overwrite=overwrite)
+    found = run_export(
+        run, output, base=student, template=template, overwrite=overwrite, trust_remote_code=trust_remote_code
+    )
     if as_json:
         print_values(found, as_json)
         return

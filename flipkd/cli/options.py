@@ -6,13 +6,13 @@ import json
 import logging
 import re
 import sys
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from flipkd.cli.config_file import read_config_file
 from flipkd.config import EncoderOptions, RunOptions
 from flipkd.logs import COMMAND_LOGGER, LOG_FORMATS, LogFormat, LogOptions, current_options, logging_to_stderr
 
@@ -28,7 +28,7 @@ def _load_config(ctx: click.Context, _: click.Parameter, path: str | None) -> st
     if path is None:
         return None
     try:
-        values = _parse_config(Path(path))
+        values = read_config_file(Path(path))
     except (OSError, ValueError) as error:
         raise click.BadParameter(f"{path}: {error}") from error
     known = {parameter.name: parameter for parameter in ctx.command.params}
@@ -45,20 +45,6 @@ def _load_config(ctx: click.Context, _: click.Parameter, path: str | None) -> st
             defaults[name] = ",".join(map(str, value)) if isinstance(value, list) else value
     ctx.default_map = {**(ctx.default_map or {}), **defaults}
     return path
-
-
-def _parse_config(path: Path) -> dict[str, Any]:
-    if path.suffix.lower() == ".toml":
-        return tomllib.loads(path.read_text())
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"is not YAML: {str(error).splitlines()[0]}") from error
-    if not isinstance(values, dict):
-        raise ValueError("must hold options and their values")
-    return values
 
 
 def _options(*decorators: Callable[[F], F]) -> Callable[[F], F]:

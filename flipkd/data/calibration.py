@@ -10,7 +10,6 @@ With ``encoder_fingerprint`` the file holds for scores of that encoder alone.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from flipkd.data.json_files import parse_object
 from flipkd.errors import ConfigError
 
 # Slope and intercept are float32 in the kernel; far inside its range, so that neither can become infinite there.
@@ -86,16 +86,14 @@ def read_calibration(path: str) -> CalibrationFile:
         ConfigError: it cannot be read, or holds neither form.
     """
     try:
-        values = json.loads(Path(path).read_text())
-        if not isinstance(values, dict):
-            raise TypeError
+        values = parse_object(Path(path).read_bytes())
         calibration = _parse(values, path)
         encoder = values.get("encoder_fingerprint")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, OverflowError, KeyError, TypeError):  # left out of the chain: it may quote the file
         raise ConfigError(
             f"--calibration {path}: expected a JSON object with numbers 'slope' and 'intercept', or with lists "
             "'scores' and 'probabilities'; flipkd-batch evaluate writes one"
-        ) from error
+        ) from None
     return CalibrationFile(calibration, None if encoder is None else str(encoder))
 
 

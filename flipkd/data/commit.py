@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import posixpath
+import re
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,10 +22,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from flipkd.data.json_files import check_fields, parse_object
 from flipkd.data.location import Location, reason
 from flipkd.errors import InputError, OutputError
 
 TEMPORARY_SUFFIX = ".tmp"
+# What only flipkd's own temporary files and folders are called: others are never deleted.
+TEMPORARY_NAME = re.compile(rf"\.(?P<target>.+)\.[0-9a-f]{{32}}{re.escape(TEMPORARY_SUFFIX)}")
 _MOST_DELTA_BITS = 40
 _UPLOAD_BYTES = 8 << 20
 
@@ -206,18 +210,24 @@ def _write_file(path: str, data: bytes, mode: int) -> None:
         sync(folder)
 
 
-def read_json(root: Location, name: str) -> dict[str, Any] | None:
+def read_json(root: Location, name: str, **kinds: type | tuple[type, ...]) -> dict[str, Any] | None:
     """Reads a JSON file of flipkd's; None when it is not there.
 
+    Args:
+        root: folder.
+        name: of the file.
+        kinds: fields that it must have, and their types.
+
     Raises:
-        InputError: it is there and is not JSON.
+        InputError: it is there and is not a JSON object with these fields.
     """
     target = root.child(name)
     try:
         with root.filesystem.open_input_stream(target.path) as source:
-            values: dict[str, Any] = json.loads(source.read())
+            values = parse_object(source.read())
+        check_fields(values, **kinds)
+        return values
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {target.uri}: {type(error).__name__}") from error
-    return values
+        raise InputError(f"cannot read {target.uri}: {reason(error)}") from error

@@ -1,15 +1,18 @@
-"""Publish a local folder whole or not at all, and tell a whole one from a damaged one."""
+"""Publish a local folder whole or not at all, tell a whole one from a damaged one, and what is not ours in it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from flipkd.data.commit import TEMPORARY_SUFFIX, make_private_folder, sync, writing
+from flipkd.data.commit import TEMPORARY_NAME, TEMPORARY_SUFFIX, make_private_folder, sync, writing
+from flipkd.data.json_files import parse_object
+from flipkd.errors import OutputError
 
 SEAL = "_files.json"
 
@@ -18,22 +21,29 @@ def publish_folder(target: Path, write: Callable[[Path], None]) -> None:
     """Has ``write`` fill a hidden folder beside ``target``, seals and flushes it, and renames it to ``target``.
 
     The seal holds the size and SHA-256 of each file. An older folder of that name is replaced: between two renames
-    there is none, so what reads it must live with either.
+    there is none, so what reads it must live with either. Files have mode 0600 and folders 0700; until that is so they
+    stand in a hidden folder of mode 0700, whatever the umask.
+
+    Args:
+        target: the folder; where it is a symbolic link, the folder that it points to.
+        write: fills the folder that it is given.
 
     Raises:
         OutputError: the disk is full, or not writable; nothing is left behind.
     """
+    target = Path(os.path.realpath(target))
     hidden = target.parent / f".{target.name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}"
     old = target.parent / f".{target.name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}"
     with writing(str(target)):
         try:
             make_private_folder(str(hidden))
             write(hidden)
-            files = sorted(path for path in hidden.rglob("*") if path.is_file())
-            seal = {path.relative_to(hidden).as_posix(): [path.stat().st_size, _digest(path)] for path in files}
+            files = _files(hidden)
+            seal = {name: [path.stat().st_size, _digest(path)] for name, path in files.items()}
             (hidden / SEAL).write_text(json.dumps(seal, indent=1))
-            for path in [*files, hidden / SEAL]:
-                path.chmod(0o600)
+            for path in hidden.rglob("*"):
+                path.chmod(0o700 if path.is_dir() else 0o600)
+            for path in [*files.values(), hidden / SEAL]:
                 sync(str(path))
             if target.exists():
                 target.rename(old)
@@ -50,13 +60,41 @@ def publish_folder(target: Path, write: Callable[[Path], None]) -> None:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether the folder holds what was published: every file, with its size and digest."""
+    """Whether the folder holds what was published: every file, with its size and digest.
+
+    A name in the seal that is none of the folder's own files (``../x``, a link) is never looked at.
+    """
     try:
-        seal = json.loads((folder / SEAL).read_text())
-        same = all((folder / name).stat().st_size == size for name, (size, _) in seal.items())
-        return same and all(_digest(folder / name) == digest for name, (_, digest) in seal.items())
-    except (OSError, ValueError, TypeError, AttributeError):
+        seal, files = parse_object((folder / SEAL).read_bytes()), _files(folder)
+        if not seal.keys() <= files.keys():
+            return False
+        same = all(files[name].stat().st_size == size for name, (size, _) in seal.items())
+        return same and all(_digest(files[name]) == digest for name, (_, digest) in seal.items())
+    except (OSError, ValueError, TypeError):
         return False
+
+
+def check_replaceable(target: Path, what: str) -> None:
+    """Refuses to replace a folder that holds anything else than what was published there.
+
+    Args:
+        target: the folder.
+        what: what it ought to be, for the message.
+
+    Raises:
+        OutputError: names one such file.
+    """
+    try:
+        own = parse_object((target / SEAL).read_bytes()).keys() | {SEAL}
+    except (OSError, ValueError):
+        own = set()
+    present = (path for path in sorted(target.rglob("*")) if path.is_symlink() or not path.is_dir())
+    foreign = next((name for path in present if (name := path.relative_to(target).as_posix()) not in own), None)
+    if foreign is not None:
+        raise OutputError(
+            f"{target} is not {what} that flipkd wrote, or holds more (such as {foreign}); move that away, or choose "
+            "another --output"
+        )
 
 
 def remove_published(folder: Path) -> None:
@@ -69,11 +107,17 @@ def remove_published(folder: Path) -> None:
 
 def remove_unpublished(parent: Path, name: str = "") -> None:
     """Deletes hidden folders that a killed process left in ``parent``; of the target ``name`` alone, if it is given."""
-    prefix = f".{name}." if name else "."
     if parent.is_dir():
         for path in parent.iterdir():
-            if path.is_dir() and path.name.startswith(prefix) and path.name.endswith(TEMPORARY_SUFFIX):
+            found = TEMPORARY_NAME.fullmatch(path.name)
+            if found is not None and name in ("", found["target"]) and path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """The folder's own files by name; no links, and nothing behind one."""
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink())
+    return {path.relative_to(folder).as_posix(): path for path in paths}
 
 
 def _digest(path: Path) -> str:

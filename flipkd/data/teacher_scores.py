@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
+from flipkd.data.json_files import parse_object
 from flipkd.data.location import Location
 from flipkd.data.shards import Shard, ShardReader
 from flipkd.errors import InputError
@@ -84,7 +85,7 @@ def _read_one(location: Location, shard: Shard) -> TeacherFacts | None:
     if value is None:
         return None
     try:
-        facts = json.loads(value)
+        facts = parse_object(value)
         left, right = facts.pop("text_columns")
         return TeacherFacts(text_columns=(left, right), **facts)
     except (ValueError, TypeError, KeyError) as error:

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from flipkd.data.commit import make_private_folder
+
 
 class Board:
     """Writes lines of metrics to ``RUN/tensorboard``; does nothing without TensorBoard, or without a folder."""
@@ -18,6 +20,7 @@ class Board:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             return
+        make_private_folder(str(folder / "tensorboard"))  # its files have the umask's modes
         self._writer = SummaryWriter(str(folder / "tensorboard"))
 
     def add(self, line: Mapping[str, Any]) -> None:

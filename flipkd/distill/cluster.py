@@ -8,6 +8,7 @@ must lie on a disk that all nodes see. What the workers exchange, says ``flipkd.
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from flipkd.distill.gradients import Workers
 from flipkd.distill.run_folder import RunFolder
 from flipkd.distill.train import output_path, run_facts, summary, train_worker
 from flipkd.distill.training_data import read_training_data
-from flipkd.errors import ClusterError, ConfigError, FlipkdError
+from flipkd.errors import ClusterError, ConfigError, FlipkdError, told_without_data
 from flipkd.logs import current_options, log_to_stderr
 from flipkd.run.cluster import connect
 
@@ -72,15 +73,26 @@ def train_on_ray(config: TrainConfig) -> dict[str, Any]:
             if cause is not None:
                 raise cause from error
             raise ClusterError(
-                f"training on Ray failed ({type(error).__name__}); checkpoints are kept, run again: "
-                f"{str(error).strip().splitlines()[-1] if str(error).strip() else ''}"
+                f"training on Ray failed ({type(error).__name__}); checkpoints are kept, run again"
             ) from error
     facts = run_facts(config, read_training_data(config))
     return summary(config, RunFolder(Path(output_path(config)), facts, overwrite=False))
 
 
 def _worker(task: dict[str, Any]) -> None:
-    """One worker's share; runs in a process of Ray's."""
+    """One worker's share; runs in a process of Ray's, which logs what is raised: so nothing that may quote a record."""
+    os.umask(0o077)
+    try:
+        _train_share(task)
+    except FlipkdError as error:
+        raise error from None
+    except Exception as error:  # such as that of a connection to a worker that has died
+        raise ClusterError(
+            f"a training worker failed: {told_without_data(error)}; checkpoints are kept, run again"
+        ) from None
+
+
+def _train_share(task: dict[str, Any]) -> None:
     config: TrainConfig = task["config"]
     if task["logs"] is not None:
         log_to_stderr(task["logs"])

@@ -109,7 +109,8 @@ def read_training_pairs(
     recorded = facts.text_columns if facts is not None else ("left_text", "right_text")
     names = (left_text or recorded[0], right_text or recorded[1])
     with ShardReader(location, shards[0]) as reader:
-        known = reader.schema.names
+        schema = reader.schema
+        known = schema.names
     usual = facts.label_column if facts is not None and facts.label_column is not None else _LABEL
     label = label_column if label_column is not None else (usual if usual in known else None)
     label = None if ignores_labels else label
@@ -118,6 +119,11 @@ def read_training_pairs(
         raise ConfigError(
             f"{path} has neither a column {_LABEL!r} nor {TEACHER_SCORE!r}: name the labels with --label-column, or "
             "run flipkd-batch teach on the pairs first"
+        )
+    if has_scores and not pa.types.is_floating(schema.field(TEACHER_SCORE).type):
+        raise ConfigError(
+            f"{path}: column {TEACHER_SCORE!r} is of type {schema.field(TEACHER_SCORE).type}, not a floating point "
+            "number; run flipkd-batch teach on the pairs"
         )
     columns = list(dict.fromkeys([*names, *([label] if label else []), *([TEACHER_SCORE] if has_scores else [])]))
     places: dict[str, int] = {}
@@ -241,11 +247,14 @@ def _teacher_vectors(location: Location, texts: Sequence[str]) -> npt.NDArray[np
     folder = location.child(TEACHER_VECTORS)
     if not location.is_local or read_json(folder, "store.json") is None:
         return None
-    manifest = read_json(location, MANIFEST)
+    manifest = read_json(location, MANIFEST, fingerprint=str)
     if manifest is None:
         raise InputError(f"{location.uri} holds teacher vectors but no {MANIFEST}: run teach again, it goes on")
     store = VectorStore.open(folder.path)
-    key = bytes.fromhex(manifest["fingerprint"])
+    try:
+        key = bytes.fromhex(manifest["fingerprint"])
+    except ValueError:
+        raise InputError(f"{location.uri}/{MANIFEST} is damaged: its fingerprint is no hexadecimal number") from None
     digests = pa.chunked_array([text_digests(pa.array(texts, pa.large_string()), key)])
     rows = store.index.look_up(digests, column="text", threads=1)
     if len(rows) and rows.min() < 0:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from flipkd.data.commit import write_private_file
 
 
 def draw_learning_curve(lines: Sequence[dict[str, Any]], path: Path) -> None:
@@ -31,7 +34,6 @@ def draw_learning_curve(lines: Sequence[dict[str, Any]], path: Path) -> None:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=120)
-    temporary.chmod(0o600)
-    temporary.replace(path)
+    sink = io.BytesIO()
+    figure.savefig(sink, format="png", dpi=120)
+    write_private_file(str(path), sink.getvalue())

@@ -15,15 +15,23 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flipkd.data.commit import make_private_folder, read_json, write_json, writing
-from flipkd.data.folders import SEAL, is_whole, publish_folder, remove_published, remove_unpublished
+from flipkd.data.commit import TEMPORARY_NAME, make_private_folder, read_json, write_json, writing
+from flipkd.data.folders import (
+    SEAL,
+    check_replaceable,
+    is_whole,
+    publish_folder,
+    remove_published,
+    remove_unpublished,
+)
 from flipkd.data.location import open_location
-from flipkd.errors import OutputError
+from flipkd.errors import InputError, OutputError
 
 if TYPE_CHECKING:
     from flipkd.models.student import Student
@@ -33,6 +41,9 @@ logger = logging.getLogger(__name__)
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 ADAPTER = "adapter"
+_CURVE_FILE = "learning_curve.png"
+_FOLDERS = ("checkpoints", "best", ADAPTER)
+_STEP = re.compile(r"step-[0-9]{8}")
 
 
 class RunFolder:
@@ -44,7 +55,7 @@ class RunFolder:
         overwrite: whether another run's folder is emptied.
 
     Raises:
-        OutputError: it holds another run.
+        OutputError: it holds another run, or has something else in the place of what a run makes.
     """
 
     def __init__(self, path: Path, facts: Mapping[str, Any], overwrite: bool) -> None:
@@ -52,19 +63,17 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self._best = path / "best"
         location = open_location(str(path))
-        found = read_json(location, RUN_FILE)
+        found = read_json(location, RUN_FILE, fingerprint=str)
         if found is not None and found["fingerprint"] != facts["fingerprint"]:
             if not overwrite:
                 raise OutputError(
                     f"{path} holds another training run, or one of data that has changed since; choose another "
                     "--output, or pass --overwrite to delete it"
                 )
-            for name in ("checkpoints", "best", ADAPTER):
-                shutil.rmtree(path / name, ignore_errors=True)
-            for name in (METRICS_FILE, "learning_curve.png"):
-                (path / name).unlink(missing_ok=True)
+            _empty(path)
             found = None
         if found is None:
+            _check_free(path)
             write_json(location, RUN_FILE, facts)
         for folder in (path, self.checkpoints, self._best):
             remove_unpublished(folder)
@@ -121,6 +130,36 @@ class RunFolder:
         shutil.rmtree(self._best, ignore_errors=True)
 
 
+def _check_free(path: Path) -> None:
+    """Refuses a folder in which somebody else's files have the names of what a run makes, and would be lost."""
+    for name in (*_FOLDERS, METRICS_FILE, _CURVE_FILE):
+        if os.path.lexists(path / name):
+            raise OutputError(f"{path / name} is there already and no run is ({RUN_FILE}); choose another --output")
+
+
+def _empty(path: Path) -> None:
+    """Deletes what a run has made, after a look whether there is anything else in its place.
+
+    Raises:
+        OutputError: there is; names it. Nothing has been deleted then.
+    """
+    made = [path / ADAPTER]
+    for name in ("checkpoints", "best"):
+        children = sorted((path / name).iterdir()) if (path / name).is_dir() else []
+        made += [child for child in children if not TEMPORARY_NAME.fullmatch(child.name)]
+    for folder in made:
+        if os.path.lexists(folder) and (folder.name != ADAPTER and not _STEP.fullmatch(folder.name)):
+            raise OutputError(f"{folder} was not made by flipkd; move it away, or choose another --output")
+        if folder.is_dir():
+            check_replaceable(folder, "a checkpoint")
+    for name in _FOLDERS:
+        if (path / name).is_symlink():
+            raise OutputError(f"{path / name} is a symbolic link, which flipkd does not make; remove it")
+        shutil.rmtree(path / name, ignore_errors=True)
+    for name in (METRICS_FILE, _CURVE_FILE):
+        (path / name).unlink(missing_ok=True)
+
+
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """All lines of a run's metrics; a line that a killed process left half is dropped."""
     lines = []
@@ -139,10 +178,15 @@ def run_status(run: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         run: its folder.
         facts: what its ``run.json`` holds.
+
+    Raises:
+        InputError: that is damaged.
     """
     lines = read_metrics(run)
     step, seconds = (max((line.get(name, 0) for line in lines), default=0) for name in ("step", "seconds"))
-    finished, steps = is_whole(run / ADAPTER), facts["config"]["steps"]
+    steps, finished = facts["config"].get("steps"), is_whole(run / ADAPTER)
+    if not isinstance(steps, int):
+        raise InputError(f"{run / RUN_FILE} is damaged: it does not tell the number of steps")
     left = None if not step else round(seconds / step * (steps - step), 1)
     validations = [{"step": line["step"], **line["validation"]} for line in lines if "validation" in line]
     return {
@@ -157,4 +201,4 @@ def run_status(run: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
+    return os.open(path, flags | os.O_NOFOLLOW, 0o600)

@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flipkd.data.json_files import parse_object
 from flipkd.errors import ConfigError, ModelError
 from flipkd.models.folder import files_fingerprint, find_folder
 from flipkd.models.options import StudentOptions
 from flipkd.models.packed import ATTENTION, register
 from flipkd.models.student import Student, cut_config
+from flipkd.models.trust import check_code, check_weights
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text")
 STUDENT_FILE = "student.json"
@@ -72,28 +74,37 @@ def save_student(student: Student, folder: str | Path) -> None:
     (path / STUDENT_FILE).write_text(json.dumps({**facts, "base_fingerprint": student.base_fingerprint}, indent=2))
 
 
-def load_student(folder: str | Path, base: str | None = None, device: str = "cpu") -> Student:
+def load_student(
+    folder: str | Path, base: str | None = None, device: str = "cpu", trust_remote_code: bool = False
+) -> Student:
     """Loads what ``save_student`` wrote.
 
     Args:
         folder: of the adapter.
         base: folder of the base, where it has moved since.
         device: where to run.
+        trust_remote_code: whether Python code in the base's folder may run; what the adapter's file says of it does not
+            count.
 
     Raises:
         ModelError: a file or a weight is missing, or the base is not the one that was trained.
     """
-    options, _, weights = _read_adapter(Path(folder), base)
+    options, _, weights = _read_adapter(Path(folder), base, trust_remote_code)
     student = new_student(options, device)
     load_adapter_weights(student, weights, str(Path(folder) / WEIGHTS_FILE))
     return student
 
 
-def load_decoder(folder: str | Path, base: str | None = None, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+def load_decoder(
+    folder: str | Path,
+    base: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
     """The whole base with a student's adapter merged into it: what answers, where ``load_student`` encodes.
 
     Args:
-        folder, base: as for ``load_student``.
+        folder, base, trust_remote_code: as for ``load_student``.
         dtype: of its weights and arithmetic; the merge itself is float32.
 
     Returns:
@@ -103,7 +114,7 @@ def load_decoder(folder: str | Path, base: str | None = None, dtype: torch.dtype
         ModelError: as ``load_student``.
     """
     path = Path(folder)
-    options, layer, weights = _read_adapter(path, base)
+    options, layer, weights = _read_adapter(path, base, trust_remote_code)
     whole = replace(options, layer=layer, whole_tower=True, dtype="float32")
     model, tokenizer, _, _ = _load_base(whole, attention="sdpa")
     adapted = _with_lora(model, options, layer, len(model.model.layers) if options.whole_tower else layer)
@@ -111,17 +122,20 @@ def load_decoder(folder: str | Path, base: str | None = None, dtype: torch.dtype
     return adapted.merge_and_unload().to(dtype).eval(), tokenizer
 
 
-def _read_adapter(path: Path, base: str | None) -> tuple[StudentOptions, int, dict[str, Tensor]]:
+def _read_adapter(
+    path: Path, base: str | None, trust_remote_code: bool
+) -> tuple[StudentOptions, int, dict[str, Tensor]]:
     """Options, layer k and weights of a student's folder; its base is the one that was trained."""
     from safetensors.torch import load_file
 
     try:
-        facts = json.loads((path / STUDENT_FILE).read_text())
+        facts = parse_object((path / STUDENT_FILE).read_bytes())
         values = {**facts["options"], "target_modules": tuple(facts["options"]["target_modules"])}
-        options = StudentOptions(**{**values, "folder": base or values["folder"]})
+        values |= {"folder": base or values["folder"], "trust_remote_code": trust_remote_code}
+        options = StudentOptions(**values)
         weights = load_file(path / WEIGHTS_FILE)
         wanted, layer = facts["base_fingerprint"], int(facts["layer"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
         raise ModelError(f"{path} holds no whole student: {type(error).__name__}: {error}") from error
     except Exception as error:  # safetensors raises an exception class of its own
         raise ModelError(f"{path / WEIGHTS_FILE} cannot be read: {error}") from error
@@ -178,6 +192,8 @@ def _load_base(options: StudentOptions, attention: str = ATTENTION) -> tuple[Any
     from transformers.utils import logging as transformers_logging
 
     path = find_folder(options.folder)
+    check_code(path, options.trust_remote_code)
+    check_weights(path)
     remote = {"trust_remote_code": options.trust_remote_code, "local_files_only": True}
     register()
     shows_bar, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()

@@ -27,6 +27,7 @@ from flipkd.models.progress import tell
 from flipkd.models.teacher import CrossEncoderFolder, Scale, read_cross_encoder
 from flipkd.models.tokenizer import load_tokenizer, longest_input
 from flipkd.models.tokens import TokenizedTexts
+from flipkd.models.trust import check_code
 
 if TYPE_CHECKING:
     import torch
@@ -182,6 +183,7 @@ def load_cross_encoder(
     if dtype == "int8":
         raise ConfigError("dtype 'int8' is for bi-encoders; a cross-encoder takes float32 or bf16")
     settings = read_cross_encoder(folder)  # before torch is imported, so that a wrong folder is reported at once
+    check_code(settings.transformer_path, trust_remote_code)
 
     import torch
 

@@ -23,6 +23,7 @@ from flipkd.models.parallel import finite_rows, loaded_at_first_use, not_finite,
 from flipkd.models.progress import tell
 from flipkd.models.tokenizer import load_tokenizer, longest_input, text_tokenizer
 from flipkd.models.tokens import TextTokenizer, TokenizedTexts
+from flipkd.models.trust import check_code
 from flipkd.vectors.rows import STORAGE, VectorRows, quantise
 
 if TYPE_CHECKING:
@@ -224,6 +225,7 @@ def load_encoder(
     """
     check_options(dtype, device, max_length, threads)
     settings = read_folder(folder)  # before torch is imported, so that a wrong folder is reported at once
+    check_code(settings.transformer_path, trust_remote_code)
 
     import torch
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -19,11 +20,11 @@ import numpy as np
 import pyarrow as pa
 
 from flipkd.data.commit import read_json, sync
-from flipkd.data.folders import publish_folder
+from flipkd.data.folders import check_replaceable, publish_folder
 from flipkd.data.location import Location, open_location
 from flipkd.data.pairs import distinct_texts
 from flipkd.data.records import template_fields
-from flipkd.data.shards import ShardReader, find_shards
+from flipkd.data.shards import PARQUET_SUFFIXES, ShardReader, find_shards
 from flipkd.errors import FlipkdError, InputError, ModelError, OutputError
 from flipkd.models.adapter import load_student
 from flipkd.models.encoder import load_encoder
@@ -61,6 +62,7 @@ def export(
     base: str | None = None,
     template: str | None = None,
     overwrite: bool = False,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Exports the student of a finished training run.
 
@@ -70,6 +72,7 @@ def export(
         base: folder of the student's base, where it has moved since.
         template: how a record's text is made of its columns, as ``encode --template``; recorded in ``flipkd.json``.
         overwrite: replace an older encoder at ``output``.
+        trust_remote_code: whether Python code in the base's folder may run.
 
     Returns:
         What ``flipkd.json`` holds, and ``output``, ``size_bytes``.
@@ -81,14 +84,14 @@ def export(
         ConfigError: the template does not parse.
     """
     run = open_location(run_folder)
-    facts = read_json(run, "run.json") if run.is_local else None
+    facts = read_json(run, "run.json", config=dict) if run.is_local else None
     adapter = Path(run.path) / "adapter"
     if facts is None:
         raise InputError(f"{run.uri} is not the local folder of a training run: there is no run.json in it")
     if not adapter.is_dir():
         raise InputError(f"{run.uri}: the training is not finished; run the same flipkd-batch train again, it goes on")
     target = _target(output, overwrite)
-    student = load_student(adapter, base)
+    student = load_student(adapter, base, trust_remote_code=trust_remote_code)
     about = {name: facts.get(name) for name in ("fingerprint", "config", "teacher", "pairs", "versions")}
     texts = _run_texts(facts)
     return export_student(student, target, texts, about, template=template, overwrite=overwrite)
@@ -193,13 +196,14 @@ def _target(output: str | Path, overwrite: bool) -> Path:
     location = open_location(output)
     if not location.is_local:
         raise OutputError(f"{location.uri}: an encoder is written to a local disk; copy the folder from there")
-    target = Path(location.path)
+    target = Path(os.path.realpath(location.path))
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return target
     if not (target / "modules.json").is_file():
         raise OutputError(f"{target} is there already and is not an encoder; choose another --output")
     if not overwrite:
         raise OutputError(f"{target} holds an encoder already; choose another --output, or pass --overwrite")
+    check_replaceable(target, "an encoder")
     return target
 
 
@@ -246,11 +250,13 @@ def _run_texts(facts: Mapping[str, Any]) -> list[str]:
     Data that has gone since is no reason to refuse an export: our own texts remain.
     """
     config, teacher = facts["config"], facts.get("teacher")
-    recorded = teacher["text_columns"] if teacher else ("left_text", "right_text")
-    columns = [config["left_text"] or recorded[0], config["right_text"] or recorded[1]]
     try:
+        recorded = teacher["text_columns"] if teacher else ("left_text", "right_text")
+        columns = [
+            str(config[name] or other) for name, other in zip(("left_text", "right_text"), recorded, strict=True)
+        ]
         return _some_texts(open_location(config["validation"] or config["pairs"]), columns)
-    except FlipkdError as error:
+    except (FlipkdError, KeyError, TypeError, ValueError) as error:
         logger.warning("the run's texts cannot be read, so the export is checked with a few of our own: %s", error)
         return []
 
@@ -258,6 +264,8 @@ def _run_texts(facts: Mapping[str, Any]) -> list[str]:
 def _some_texts(location: Location, columns: Sequence[str]) -> list[str]:
     """At most 200 texts from the first rows of the first and the last file, chosen by a fixed seed."""
     shards = find_shards(location)
+    if not all(shard.path.lower().endswith(PARQUET_SUFFIXES) for shard in shards):  # a file named it, not the user
+        raise InputError(f"{location.uri} does not end in .parquet")
     texts: dict[str, None] = {}
     for shard in dict.fromkeys([shards[0], shards[-1]]):
         with ShardReader(location, shard) as reader:

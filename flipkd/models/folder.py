@@ -27,6 +27,7 @@ from flipkd.models.settings import (
     read_json,
     read_transformer,
 )
+from flipkd.models.trust import check_weights, known_form
 
 # The files of a model folder that decide its vectors; anything else (README, flipkd.json, licences) does not.
 _DECIDING_NAMES = {
@@ -178,6 +179,11 @@ def read_folder(folder: str | Path) -> ModelFolder:
         ModelError: the folder is not a bi-encoder, or asks for something that is not supported; named in the message.
     """
     path = find_folder(folder)
+    with known_form(path):
+        return _read_folder(path)
+
+
+def _read_folder(path: Path) -> ModelFolder:
     main = read_json(path / "config_sentence_transformers.json")
     kind = main.get("model_type", "SentenceTransformer")
     if kind != "SentenceTransformer":
@@ -222,22 +228,6 @@ def read_folder(folder: str | Path) -> ModelFolder:
     )
 
 
-def check_weights(path: Path) -> None:
-    """Refuses a folder that does not hold a whole model as safetensors.
-
-    Raises:
-        ModelError: names the folder, what it holds and the way out.
-    """
-    if (path / "adapter_config.json").exists():
-        raise ModelError(f"{path}: holds an adapter; merge it (merge_and_unload) and save the whole model")
-    if not any(path.glob("*.safetensors")):
-        other = "only pytorch_model.bin" if (path / "pytorch_model.bin").exists() else "no weights"
-        raise ModelError(
-            f"{path}: has {other}, and only safetensors are read, as other formats can run code; "
-            "load it where you trust it and save it again with save_pretrained(..., safe_serialization=True)"
-        )
-
-
 def read_modules(path: Path) -> list[tuple[str, Path]]:
     """Names and folders of the steps in ``modules.json``, in order.
 
@@ -252,8 +242,10 @@ def read_modules(path: Path) -> list[tuple[str, Path]]:
             f"{path}: has no modules.json, so it is not a sentence-transformers bi-encoder; for a plain model "
             "say how to pool: SentenceTransformer(modules=[Transformer(...), Pooling(...)]).save(folder)"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{file}: cannot be read as JSON: {error}") from error
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) and "type" in entry for entry in entries):
+        raise ModelError(f"{file}: must be a list of modules, each with its type")
     modules = []
     for entry in entries:
         kind, relative = str(entry["type"]), str(entry.get("path", ""))
@@ -267,7 +259,7 @@ def read_modules(path: Path) -> list[tuple[str, Path]]:
             raise ModelError(
                 f"{file}: module {kind} is not supported; known are Transformer, Pooling, Dense and Normalize"
             )
-        if Path(relative).is_absolute() or ".." in Path(relative).parts:
+        if Path(relative).is_absolute() or ".." in Path(relative).parts or "\0" in relative:
             raise ModelError(f"{file}: path {relative!r} leaves the model folder")
         modules.append((name, path / relative))
     return modules

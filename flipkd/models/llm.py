@@ -7,7 +7,6 @@ that share their first, are right), and the softmax over the two sums gives P(ma
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,16 +15,19 @@ from typing import Protocol
 
 import numpy as np
 
+from flipkd.data.json_files import parse_object
 from flipkd.errors import ConfigError, ModelError
 from flipkd.models.folder import files_fingerprint, find_folder
 from flipkd.models.llm_options import LlmOptions
 from flipkd.models.llm_prompt import TRAINED_PROMPT, PromptedPairs, PromptTokenizer, pair_prompt, read_prompt
 from flipkd.models.parallel import not_finite
 from flipkd.models.settings import read_json
+from flipkd.models.trust import check_code, check_weights, known_form
 
 logger = logging.getLogger(__name__)
 
 _ADAPTER, _STUDENT_FILE, _RUN_FILE = "adapter", "student.json", "run.json"
+_WEIGHTS_FILE = "adapter_model.safetensors"
 # Most tokens of a prompt where nobody says: our choice, far above what two records need.
 _MAX_LENGTH = 1024
 
@@ -153,6 +155,16 @@ def read_llm(options: LlmOptions) -> LlmFolder:
         ModelError: it is none of them.
     """
     path = find_folder(options.folder)
+    with known_form(path):
+        folder = _read_llm(path)
+    check_code(folder.base, options.trust_remote_code)
+    check_weights(folder.base)
+    if folder.adapter is not None and not (folder.adapter / _WEIGHTS_FILE).is_file():
+        raise ModelError(f"{folder.adapter} holds no whole student: there is no {_WEIGHTS_FILE}")
+    return folder
+
+
+def _read_llm(path: Path) -> LlmFolder:
     if (path / _ADAPTER / _STUDENT_FILE).exists():
         path = path / _ADAPTER
     elif (path / _RUN_FILE).exists():
@@ -172,7 +184,7 @@ def read_llm(options: LlmOptions) -> LlmFolder:
 
 def _student_folder(path: Path) -> LlmFolder:
     try:
-        facts = json.loads((path / _STUDENT_FILE).read_text())
+        facts = parse_object((path / _STUDENT_FILE).read_bytes())
         options, wanted = facts["options"], facts["base_fingerprint"]
         base = find_folder(options["folder"])
         text_tokens, trains_all = int(options["max_length"]), bool(options["whole_tower"])

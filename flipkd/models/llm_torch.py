@@ -89,7 +89,7 @@ def load_torch_engine(folder: LlmFolder, options: LlmOptions, prompt: PairPrompt
 
     def load(dtype: torch.dtype) -> Any:
         if folder.adapter is not None:
-            return load_decoder(folder.adapter, str(folder.base), dtype)[0].to(device)
+            return load_decoder(folder.adapter, str(folder.base), dtype, options.trust_remote_code)[0].to(device)
         settings = _DecoderFolder(folder.base, model_settings={}, tokenizer_settings={}, config_settings={})
         return load_pretrained(settings, dtype, options.trust_remote_code, "AutoModelForCausalLM").to(device).eval()
 

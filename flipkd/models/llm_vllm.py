@@ -7,6 +7,7 @@ numpy. Prefixes are shared by vLLM's own prefix caching. A run's adapter is serv
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ class VllmEngine:
     """
 
     def __init__(self, folder: LlmFolder, options: LlmOptions, prompts: PromptTokenizer) -> None:
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # by itself vLLM reports models and machines to its makers
         try:
             import vllm
         except ImportError as error:
@@ -59,6 +61,7 @@ class VllmEngine:
                 max_model_len=prompts.max_length,
                 enable_prefix_caching=options.share_prefixes,
                 trust_remote_code=options.trust_remote_code,
+                load_format="safetensors",  # by itself vLLM would take a pickle where there is nothing else
                 **settings,
             )
         except Exception as error:  # vLLM raises whatever it meets

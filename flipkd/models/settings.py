@@ -5,11 +5,11 @@ Older and newer formats are both read; a setting that we do not know is refused 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flipkd.data.json_files import parse_object
 from flipkd.errors import ModelError
 
 POOLING_MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
@@ -30,13 +30,21 @@ TRANSFORMER_CONFIGS = tuple(
 # Settings of these files that change speed or place, never the vectors.
 _HARMLESS_MODEL_SETTINGS = {
     "attn_implementation",
+    "cache_dir",
+    "code_revision",
     "device_map",
     "dtype",
+    "local_files_only",
     "low_cpu_mem_usage",
+    "revision",
+    "token",
     "torch_dtype",
     "trust_remote_code",
     "use_safetensors",
 }
+# Arguments that would have transformers read other files than the folder's, or take another class.
+_PLACES = ("auto_map", "config", "subfolder", "tokenizer_class", "tokenizer_type")
+_PLACE_ENDS = ("_file", "_path", "_dir")
 _HARMLESS_TEXT_SETTINGS = {
     "padding",
     "pad_to_multiple_of",
@@ -66,14 +74,11 @@ class NormalizeSettings:
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file; {} where there is no such file."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        return parse_object(file.read_bytes())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         raise ModelError(f"{file}: cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{file}: must hold a JSON object")
-    return content
 
 
 # What a model of each task gives, and what its step is called: the only settings under which our forward is right.
@@ -120,8 +125,8 @@ def read_transformer(path: Path, task: str = "feature-extraction") -> dict[str, 
     chat = dict(processing.get("chat_template") or {})
     if unknown := sorted({"padding", "truncation", "max_length", "return_tensors"} & set(chat)):
         raise ModelError(f"{file}: processing_kwargs chat_template {', '.join(unknown)} not supported")
-    tokenizer_settings = _settings(config, "processor_kwargs", "tokenizer_args")
-    model_settings = _settings(config, "model_kwargs", "model_args")
+    tokenizer_settings = _settings(file, config, "processor_kwargs", "tokenizer_args")
+    model_settings = _settings(file, config, "model_kwargs", "model_args")
     if unknown := sorted(set(model_settings) - {"add_pooling_layer"}):
         raise ModelError(f"{file}: model_kwargs {', '.join(unknown)} not supported")
     max_length = (
@@ -136,13 +141,16 @@ def read_transformer(path: Path, task: str = "feature-extraction") -> dict[str, 
         "adds_special_tokens": bool(text.get("add_special_tokens", True)),
         "model_settings": model_settings,
         "tokenizer_settings": tokenizer_settings,
-        "config_settings": _settings(config, "config_kwargs", "config_args"),
+        "config_settings": _settings(file, config, "config_kwargs", "config_args"),
     }
 
 
-def _settings(config: dict[str, Any], name: str, old_name: str) -> dict[str, Any]:
+def _settings(file: Path, config: dict[str, Any], name: str, old_name: str) -> dict[str, Any]:
     found = config.get(name) or config.get(old_name) or {}
-    return {key: value for key, value in found.items() if key not in _HARMLESS_MODEL_SETTINGS}
+    kept = {key: value for key, value in found.items() if key not in _HARMLESS_MODEL_SETTINGS}
+    if places := sorted(key for key in kept if key in _PLACES or key.endswith(_PLACE_ENDS)):
+        raise ModelError(f"{file}: {name} {', '.join(places)} not supported: all files must be the folder's own")
+    return kept
 
 
 def pooling_modes(path: Path, config: dict[str, Any]) -> tuple[str, ...]:

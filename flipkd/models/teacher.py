@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flipkd.errors import ModelError
-from flipkd.models.folder import check_weights, files_fingerprint, find_folder, read_modules
+from flipkd.models.folder import files_fingerprint, find_folder, read_modules
 from flipkd.models.settings import read_json, read_transformer
+from flipkd.models.trust import check_weights, known_form
 
 TeacherKind = Literal["bi-encoder", "cross-encoder"]
 Scale = Literal["cosine", "probability", "logit"]
@@ -62,6 +63,11 @@ def teacher_kind(folder: str | Path) -> TeacherKind:
         ModelError: it is neither, or there is no such folder.
     """
     path = find_folder(folder)
+    with known_form(path):
+        return _kind(path)
+
+
+def _kind(path: Path) -> TeacherKind:
     main = read_json(path / _MAIN_FILE)
     if not (path / "modules.json").exists():
         _architecture(path)  # a plain folder can be a cross-encoder only
@@ -79,6 +85,11 @@ def read_cross_encoder(folder: str | Path) -> CrossEncoderFolder:
         ModelError: the folder is no cross-encoder, or asks for something that is not supported; named in the message.
     """
     path = find_folder(folder)
+    with known_form(path):
+        return _read_cross_encoder(path)
+
+
+def _read_cross_encoder(path: Path) -> CrossEncoderFolder:
     main = read_json(path / _MAIN_FILE)
     transformer_path = path
     if (path / "modules.json").exists():

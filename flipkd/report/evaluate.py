@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import numpy as np
 
 from flipkd.data.calibration import as_json, probabilities
 from flipkd.data.commit import make_private_folder, read_json, writing
-from flipkd.data.folders import is_whole, publish_folder, remove_unpublished
+from flipkd.data.folders import check_replaceable, is_whole, publish_folder, remove_unpublished
+from flipkd.data.json_files import parse_object
 from flipkd.data.location import Location, open_location
 from flipkd.data.shards import Shard, find_shards
 from flipkd.errors import ConfigError, OutputError
@@ -22,7 +24,7 @@ from flipkd.report.examples import read_examples, worst_errors
 from flipkd.report.metrics import measured
 from flipkd.report.pairs import LabelledPairs
 from flipkd.report.read import LabelledRun, read_labelled
-from flipkd.report.sample import draw_sample, random_numbers, write_sample
+from flipkd.report.sample import STRATUM, draw_sample, is_sample, random_numbers, write_sample
 from flipkd.report.scan import RowCounts, count_rows, scores_identity
 from flipkd.report.slices import slice_rows
 from flipkd.report.thresholds import ThresholdChoice, add_run_counts
@@ -54,7 +56,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if config.sample is not None:
         return _sample(config, scores, shards, output)
     run = _fingerprint(config, scores, shards)
-    target = Path(output.path)
+    target = Path(os.path.realpath(output.path))
     done = _finished(target, run, config.overwrite)
     if done is not None:
         return done
@@ -97,13 +99,14 @@ def _finished(target: Path, run: str, overwrite: bool) -> dict[str, Any] | None:
     if not (target / METRICS_FILE).is_file() or not (target / REPORT_FILE).is_file():
         raise OutputError(f"{target} is there already and is not a report; choose another --output")
     try:
-        facts: dict[str, Any] = json.loads((target / METRICS_FILE).read_text())
+        facts = parse_object((target / METRICS_FILE).read_bytes())
     except (OSError, ValueError):
         facts = {}
     if facts.get("fingerprint") == run and is_whole(target):
         return facts
     if not overwrite and facts.get("fingerprint") != run:
         raise OutputError(f"{target} holds another report; choose another --output, or pass --overwrite to replace it")
+    check_replaceable(target, "a report")
     return None
 
 
@@ -250,6 +253,8 @@ def _sample(config: EvaluateConfig, scores: Location, shards: list[Shard], outpu
             f"{output.uri} is there already, and labels may have been filled in; choose another --output, or pass "
             "--overwrite to replace it"
         )
+    if Path(output.path).exists() and not is_sample(output, find_shards(output)):
+        raise OutputError(f"{output.uri} is no sample of flipkd's (it lacks {STRATUM}); choose another --output")
     with progress_bar("sample", 2 * count_rows(scores, shards), "pairs", config.progress) as bar:
         table, counts = draw_sample(
             scores, shards, config.score_column, config.label_column, config.sample, config.seed, bar.update

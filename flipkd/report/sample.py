@@ -23,6 +23,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from flipkd.data.commit import ShardWriter
+from flipkd.data.json_files import parse_object
 from flipkd.data.labels import read_labels
 from flipkd.data.location import Location
 from flipkd.data.shards import Shard, ShardReader
@@ -183,8 +184,11 @@ def is_sample(location: Location, shards: Sequence[Shard]) -> bool:
 def sample_facts(location: Location, shard: Shard) -> dict[str, str | int]:
     """What the footer says of where the sample is from; empty where another program has written the file anew."""
     with ShardReader(location, shard) as reader:
-        found: dict[str, str | int] = json.loads(reader.metadata.get(SAMPLE_KEY, "{}"))
-    return found
+        value = reader.metadata.get(SAMPLE_KEY, "{}")
+    try:
+        return parse_object(value)
+    except ValueError as error:
+        raise InputError(f"{location.uri}: its footer {SAMPLE_KEY} is damaged: {error}") from error
 
 
 def read_sample(
@@ -207,8 +211,8 @@ def read_sample(
     try:
         stratum, rows = (np.asarray(table.column(name).cast(pa.int64())) for name in (STRATUM, STRATUM_ROWS))
         score = np.asarray(table.column(score_column).cast(pa.float32(), safe=False)).astype(np.float32)
-    except pa.ArrowException as error:
-        raise ConfigError(f"{location.uri}: {STRATUM}, {STRATUM_ROWS} and {score_column} must be numbers") from error
+    except pa.ArrowException:  # left out of the chain: it quotes a value
+        raise ConfigError(f"{location.uri}: {STRATUM}, {STRATUM_ROWS} and {score_column} must be numbers") from None
     nulls = [name for name in (STRATUM, STRATUM_ROWS, score_column) if table.column(name).null_count]
     if nulls:
         raise InputError(

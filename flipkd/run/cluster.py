@@ -9,6 +9,7 @@ twice is written once.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import pickle
@@ -21,7 +22,7 @@ import pyarrow.fs as pafs
 from flipkd.config import RunOptions
 from flipkd.data.commit import read_json, write_json
 from flipkd.data.location import Location
-from flipkd.errors import ClusterError, ConfigError, FlipkdError
+from flipkd.errors import ClusterError, ConfigError, FlipkdError, told_without_data
 from flipkd.logs import LogOptions, adopt_handlers, current_options, log_to_stderr
 from flipkd.run.local import UnitFunction, attempt
 from flipkd.run.manifest import WORK_FOLDER, UnitReport, read_reports
@@ -53,10 +54,17 @@ class _UnitActor:
         skip_bad_shards: bool,
         logs: LogOptions | None,
     ) -> None:
+        os.umask(0o077)
         if logs is not None:
             log_to_stderr(logs)
             adopt_handlers(*_RAY_LOGGERS)
-        self._worker = make_worker(threads)
+        # Ray writes what is raised here into its logs and into its tables of actors: neither may hold a record.
+        try:
+            self._worker = make_worker(threads)
+        except FlipkdError as error:
+            raise error from None
+        except Exception as error:
+            raise ClusterError(f"a worker could not start: {told_without_data(error)}") from None
         self._output, self._max_retries, self._skip = output, max_retries, skip_bad_shards
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[bytes]]:
@@ -68,6 +76,8 @@ class _UnitActor:
             except FlipkdError as error:
                 # Sent as a value: raised here it would come back wrapped in a traceback of Ray's.
                 results.append(error)
+            except Exception as error:  # a bug; raised here, Ray would try it again, and log what it may quote
+                results.append(ClusterError(f"this should not happen, please report it: {told_without_data(error)}"))
         return {"result": [pickle.dumps(result) for result in results]}
 
     def _run(self, unit: WorkUnit) -> UnitReport:
@@ -153,6 +163,16 @@ def run_cluster(
     remove_folder(output.child(TRIES))
 
 
+@contextlib.contextmanager
+def private_files() -> Iterator[None]:
+    """Files that are made meanwhile, by this process and those that it starts (a Ray of its own), are private."""
+    previous = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(previous)
+
+
 def connect(address: str) -> None:
     """Joins the cluster at ``address`` (``auto``, ``HOST:PORT``, ``ray://...``) or starts Ray here (``local``).
 
@@ -172,10 +192,12 @@ def connect(address: str) -> None:
     try:
         if host and port.isdigit():  # Ray itself knocks for minutes at a door that is not there
             socket.create_connection((host, int(port)), timeout=20).close()
-        ray.init(address=address, **options)
+        with private_files():
+            ray.init(address=address, **options)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         causes = f"{error} {error.__cause__}"
-        hint = "; it asks for a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN" if "AuthToken" in causes else ""
+        asks = "AuthToken" in causes or "authentication token" in causes
+        hint = "; it asks for a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN" if asks else ""
         raise ClusterError(f"--ray {address}: cannot join the cluster: {str(error).splitlines()[0]}{hint}") from error
 
 

@@ -7,7 +7,6 @@ form are our choice.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from flipkd.data.commit import write_json
+from flipkd.data.json_files import parse_object
 from flipkd.data.labels import read_labels
 from flipkd.data.location import Location
 from flipkd.data.shards import ShardReader, find_shards
@@ -109,16 +109,16 @@ def read_combination(path: str) -> Combination:
         ConfigError: the file cannot be read, or is something else.
     """
     try:
-        values = json.loads(Path(path).read_text())
+        values = parse_object(Path(path).read_bytes())
         if values["kind"] != _KIND:
             raise ValueError("another kind of file")
         numbers = [float(values[name]) for name in ("llm_logit", "score", "intercept")]
         if not all(map(math.isfinite, numbers)):
             raise ValueError("numbers that are not finite")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, OverflowError, KeyError, TypeError) as error:
         raise ConfigError(
             f"--combine {path}: expected a combination.json that rescore --fit-labels wrote ({type(error).__name__})"
-        ) from error
+        ) from None  # it may quote the file
     return Combination(*numbers)
 
 

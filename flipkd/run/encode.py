@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,12 +22,13 @@ from flipkd.data.location import Location, open_location
 from flipkd.data.pairs import distinct_texts
 from flipkd.data.records import (
     Texts,
+    as_text,
     render_texts,
     template_fields,
     text_digests,
 )
 from flipkd.data.shards import ShardReader, find_shards
-from flipkd.errors import ConfigError, OutputError
+from flipkd.errors import ConfigError, InputError, OutputError
 from flipkd.run.cached_encoder import CachedEncoder, text_cache
 from flipkd.run.job import Job, run_job
 from flipkd.run.manifest import MANIFEST, SOURCE_KEY, WORK_FOLDER, UnitReport
@@ -34,11 +37,19 @@ from flipkd.run.output import locked, refuse_overlap, remove_folder
 from flipkd.run.units import Plan, WorkUnit, fingerprint, plan_units
 from flipkd.vectors.cache import TextCache
 from flipkd.vectors.cache_tidy import tidy
-from flipkd.vectors.layout import STATUS_INVALID_TEXT, STATUS_MISSING_TEXT, STATUS_TRUNCATED
+from flipkd.vectors.layout import (
+    HEADER_FILE,
+    STATUS_INVALID_TEXT,
+    STATUS_MISSING_TEXT,
+    STATUS_TRUNCATED,
+    STORE_FILES,
+    is_sealed,
+    read_header,
+)
 
 logger = logging.getLogger(__name__)
 
-STORE_FILE = "store.json"
+STORE_FILE = HEADER_FILE
 PARTS = f"{WORK_FOLDER}/parts"
 _PART_OPTIONS = {"compression": "none", "use_dictionary": False, "write_statistics": False}
 _READ_ROWS = 16_384
@@ -64,9 +75,15 @@ class EncodePlan:
 
 
 def encoder_fingerprint(options: EncoderOptions) -> str:
-    """Fingerprint of an encoder folder and the options that change its vectors."""
-    from flipkd.models.folder import folder_fingerprint
+    """Fingerprint of an encoder folder and the options that change its vectors.
 
+    Raises:
+        ModelError: the folder cannot be loaded, or may not be.
+    """
+    from flipkd.models.folder import folder_fingerprint, read_folder
+    from flipkd.models.trust import check_code
+
+    check_code(read_folder(options.folder).transformer_path, options.trust_remote_code)  # before any work
     return fingerprint({"folder": folder_fingerprint(options.folder, options.max_length), "dtype": options.dtype})
 
 
@@ -100,16 +117,19 @@ def plan_encode(config: EncodeConfig) -> EncodePlan:
     plan = plan_units(
         records, shards, config.rows_per_unit, run_fingerprint, split_row_groups=True, skip_bad_shards=skip
     )
-    check_schema(records, plan, columns)
+    check_schema(records, plan, columns, columns[1:])
     store = fingerprint({"run": run_fingerprint, "units": [unit.fingerprint for unit in plan.units]})
     return EncodePlan(config, plan, store, run_fingerprint, encoder)
 
 
-def check_schema(location: Location, plan: Plan, columns: Sequence[str]) -> None:
-    """Looks for the columns in the first file, so that a wrong name fails before any work."""
+def check_schema(location: Location, plan: Plan, columns: Sequence[str], texts: Sequence[str]) -> None:
+    """Looks for columns, and at the types of texts, in the first file: what is wrong fails before any work."""
     if plan.units:
         with ShardReader(location, plan.units[0].shard) as reader:
             reader.check_columns(columns)
+            for name in texts:
+                if name in reader.schema.names:  # else a folder's name, which is text
+                    as_text(pa.array([], reader.schema.field(name).type), name)
 
 
 def encode(config: EncodeConfig) -> dict[str, Any]:
@@ -125,8 +145,9 @@ def encode_planned(planned: EncodePlan) -> dict[str, Any]:
     """Runs a planned encode job under the store's lock."""
     config = planned.config
     output = open_location(config.output)
+    _check_free(Path(output.path))
     with locked(output), observed("encode", config.run, output):
-        sealed = read_json(output, STORE_FILE)
+        sealed = _sealed(Path(output.path), config.run.overwrite)
         if sealed is not None and sealed["fingerprint"] == planned.fingerprint:
             logger.info("%s is complete already", output.uri)
             return read_json(output, MANIFEST) or {}
@@ -158,6 +179,29 @@ def encode_planned(planned: EncodePlan) -> dict[str, Any]:
             except OutputError as error:  # the vectors are there: no reason to fail
                 logger.warning("the text cache was not compacted: %s", error)
         return _seal(planned, output, parts, manifest)
+
+
+def _sealed(folder: Path, overwrite: bool) -> dict[str, Any] | None:
+    """Header of the store that is there. One that cannot be read counts as none where it may be replaced."""
+    try:
+        return read_header(folder) if is_sealed(folder) else None
+    except InputError:
+        if not overwrite:
+            raise
+        return None
+
+
+def _check_free(folder: Path) -> None:
+    """Refuses a folder in which flipkd has never worked and that has files of the names of a store's.
+
+    Raises:
+        OutputError: names one.
+    """
+    if (folder / WORK_FOLDER).is_dir() or is_sealed(folder):
+        return
+    for name in (*STORE_FILES, MANIFEST):
+        if os.path.lexists(folder / name):
+            raise OutputError(f"{folder / name} is there already and is not a store's; choose another --output")
 
 
 def _seal(planned: EncodePlan, output: Location, parts: Location, manifest: dict[str, Any]) -> dict[str, Any]:

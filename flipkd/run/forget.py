@@ -23,7 +23,7 @@ from flipkd.data.shards import PARQUET_SUFFIXES, ShardReader, find_shards
 from flipkd.errors import InputError
 from flipkd.run.cached_encoder import cache_root
 from flipkd.run.encode import PARTS
-from flipkd.run.manifest import MANIFEST
+from flipkd.run.manifest import MANIFEST, WORK_FOLDER
 from flipkd.run.output import locked, remove_folder
 from flipkd.vectors.cache_tidy import forget_texts
 from flipkd.vectors.id_types import check_id_type, plain
@@ -32,6 +32,9 @@ from flipkd.vectors.store import VectorStore, is_sealed
 
 _INTEGER = re.compile(rb"-?[0-9]{1,20}")
 _BATCH_ROWS = 1 << 16
+# Folders that ``score`` makes below --cache: those of other names are somebody else's.
+_STORE = re.compile(r"store-[0-9a-f]{16}")
+_WORK = re.compile(r"work-[0-9a-f]{16}")
 
 
 def forget(config: EncodeConfig, ids: str) -> dict[str, Any]:
@@ -62,9 +65,9 @@ def forget(config: EncodeConfig, ids: str) -> dict[str, Any]:
     if config.cache is not None:
         root = cache_root(config.cache)
         kept = sorted(path for path in root.parent.glob("*-*") if path.is_dir())
-        stores += [open_location(path) for path in kept if path.name.startswith("store-")]
+        stores += [open_location(path) for path in kept if _STORE.fullmatch(path.name)]
         for path in kept:
-            if path.name.startswith("work-"):
+            if _WORK.fullmatch(path.name):
                 remove_folder(open_location(path))
         deleted = forget_texts(root, texts)
     return {
@@ -120,11 +123,13 @@ def _texts_of(records: Location, config: EncodeConfig, wanted: pa.Array) -> tupl
 def _forget_store(store: Location, wanted: pa.Array) -> bool:
     """Deletes a store that holds one of the ids, or is not finished; whether there was one."""
     folder = Path(store.path)
-    has_parts = folder.joinpath(PARTS).is_dir()
-    if not (is_sealed(folder) or has_parts):
+    # A deletion, or a sealing, that was broken off leaves files without a header in a folder that flipkd has worked in.
+    has_rest = folder.joinpath(WORK_FOLDER).is_dir() and any((folder / name).exists() for name in STORE_FILES)
+    is_unfinished = folder.joinpath(PARTS).is_dir() or folder.joinpath(SEALING_FOLDER).is_dir()
+    if not (is_sealed(folder) or is_unfinished or has_rest):
         return False
     with locked(store):
-        if is_sealed(folder) and not has_parts:
+        if is_sealed(folder) and not is_unfinished:
             index = VectorStore.open(folder).index
             if not len(wanted) or (index.look_up(_as_stored(wanted, index.kind)) < 0).all():
                 return False

@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from flipkd.data.json_files import check_fields, parse_object
 from flipkd.data.location import Location
 from flipkd.errors import InputError
 
@@ -72,7 +73,10 @@ def read_footer(root: Location, name: str) -> dict[str, Any]:
     try:
         with root.filesystem.open_input_file(root.child(name).path) as source:
             found = pq.ParquetFile(source).metadata.metadata or {}
-        facts: dict[str, Any] = json.loads(found[UNIT_KEY.encode()])
+        facts = parse_object(found[UNIT_KEY.encode()])
+        check_fields(facts, rows_in=int, rows_out=int, reasons=dict, counts=dict)
+        for counted in (facts["reasons"], facts["counts"]):
+            check_fields(counted, **dict.fromkeys(counted, int))
     except (OSError, pa.ArrowException, KeyError, ValueError) as error:
         raise InputError(f"{name} of {root.uri} is not an output of flipkd") from error
     return facts

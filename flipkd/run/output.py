@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 from filelock import FileLock, Timeout
 
-from flipkd.data.commit import TEMPORARY_SUFFIX, make_private_folder, writing
+from flipkd.data.commit import TEMPORARY_NAME, make_private_folder, writing
 from flipkd.data.location import Location
 from flipkd.data.shards import PARQUET_SUFFIXES
 from flipkd.errors import ConfigError, OutputError, OutputInUseError
@@ -30,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 # What `units._unit` makes of a unit; only files named like this are ever deleted.
 _OUTPUT_NAME = re.compile(rf"\.rows\d{{12,}}-\d{{12,}}\.[0-9a-f]{{{FINGERPRINT_CHARACTERS}}}\.parquet$")
-_TEMPORARY_NAME = re.compile(rf"^\..+\.[0-9a-f]{{32}}{re.escape(TEMPORARY_SUFFIX)}$")
 _LOCK = "lock"
 _GLANCE_S = 0.5  # longer than ``is_locked`` holds a lock
 _HEARTBEAT_S = 20.0
@@ -68,6 +67,8 @@ def locked(output: Location) -> Iterator[None]:
     refusal = OutputInUseError(f"another job is working on {output.uri}; wait for it, or choose another --output")
     if output.is_local:
         folder = os.path.join(output.path, WORK_FOLDER)
+        if os.path.islink(folder):
+            raise OutputError(f"{folder} is a symbolic link; remove it")
         with writing(output.uri):
             make_private_folder(folder)
             lock = FileLock(os.path.join(folder, _LOCK), timeout=_GLANCE_S, mode=0o600)
@@ -146,17 +147,23 @@ def list_outputs(output: Location) -> tuple[set[str], list[str]]:
     """Names of the Parquet files below the folder, and paths of temporary files that a killed run left.
 
     One listing: its cost grows with the number of units.
+
+    Raises:
+        OutputError: a symbolic link stands below the folder (it may itself be one): what is written or deleted there
+            would be elsewhere.
     """
     selector = pafs.FileSelector(output.path, recursive=True, allow_not_found=True)
     names, temporary = set(), []
     root = output.path.rstrip("/") + "/"
     for info in output.filesystem.get_file_info(selector):
+        if output.is_local and os.path.islink(info.path):
+            raise OutputError(f"{info.path} is a symbolic link inside an output folder; put the folder itself there")
         if info.type != pafs.FileType.File:
             continue
         name = info.path[len(root) :] if info.path.startswith(root) else info.path.lstrip("/")
         if name.startswith(f"{WORK_FOLDER}/"):
             continue
-        if _TEMPORARY_NAME.match(posixpath.basename(name)):
+        if TEMPORARY_NAME.fullmatch(posixpath.basename(name)):
             temporary.append(info.path)
         elif name.lower().endswith(PARQUET_SUFFIXES) and not posixpath.basename(name).startswith((".", "_")):
             names.add(name)

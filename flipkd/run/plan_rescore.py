@@ -76,7 +76,7 @@ def plan_rescore(config: RescoreConfig) -> RescorePlan:
     shards = find_shards(scores)
     kinds = [id_kind(table, config.id_column, config.text_template) for table in tables]
     has_probability, has_match = _check_columns(config, scores, shards, kinds)
-    used = (read_json(scores, MANIFEST) or {}).get("threshold")
+    used = (read_json(scores, MANIFEST, threshold=(float, int, type(None))) or {}).get("threshold")
     threshold = _threshold(config, used, has_probability, has_match)
     center = None if config.band is not None else _center(config, used, has_probability)
     column = ScoreColumn(scores, "probability" if has_probability else "score", config.run.on_bad_shard == "skip")

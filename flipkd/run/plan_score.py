@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from flipkd.config import EncodeConfig, ScoreConfig
@@ -26,6 +27,7 @@ from flipkd.run.manifest import WORK_FOLDER
 from flipkd.run.output import refuse_overlap
 from flipkd.run.score import ScoreTask, ScoreWorker, output_columns
 from flipkd.run.units import Plan, fingerprint, plan_units, work_name
+from flipkd.vectors.layout import is_sealed, read_header
 
 # Key of the manifest: fingerprint of the encoder whose scores these are.
 ENCODER_FACT = "encoder_fingerprint"
@@ -104,7 +106,7 @@ def plan_score(config: ScoreConfig) -> ScorePlan:
     )
     skip = config.run.on_bad_shard == "skip"
     plan = plan_units(pairs, shards, config.rows_per_unit, run_fingerprint, skip_bad_shards=skip)
-    check_schema(pairs, plan, config.pair_columns)
+    check_schema(pairs, plan, config.pair_columns, config.pair_columns if config.is_inline else ())
     if config.is_inline:
         store = work_folder(config, plan, run_fingerprint).child("store").path
     assert store is not None
@@ -146,14 +148,14 @@ def store_fingerprint(path: str) -> str:
 
     Raises:
         ConfigError: the folder holds none.
+        InputError: its header is damaged.
     """
     location = open_location(path)
-    header = read_json(location, STORE_FILE) if location.is_local else None
-    if header is None:
+    if not location.is_local or not is_sealed(location.path):
         unfinished = read_json(location, f"{PARTS}/{WORK_FOLDER}/plan.json") if location.is_local else None
         hint = "it is not finished: run encode again" if unfinished else "make one with flipkd-batch encode"
         raise ConfigError(f"{path} holds no vector store; {hint}")
-    return str(header["fingerprint"])
+    return str(read_header(Path(location.path))["fingerprint"])
 
 
 def _record_tables(config: ScoreConfig) -> list[str]:

@@ -17,6 +17,7 @@ from flipkd.data.shards import Shard, ShardReader, find_shards
 from flipkd.data.teacher_scores import TEACHER_COLUMNS, TeacherFacts
 from flipkd.errors import ConfigError, InputError
 from flipkd.models.teacher import read_cross_encoder, teacher_kind
+from flipkd.models.trust import check_code
 from flipkd.run.encode import encoder_fingerprint
 from flipkd.run.join import JOIN_REASON, RecordTable, column_type, id_kind
 from flipkd.run.output import refuse_overlap
@@ -101,6 +102,7 @@ def _teacher(config: TeachConfig, kind: str, label_column: str | None) -> Teache
     if kind == "bi-encoder":
         return TeacherFacts("cosine", None, encoder_fingerprint(options), kind, columns, label_column)
     folder = read_cross_encoder(options.folder)
+    check_code(folder.transformer_path, options.trust_remote_code)
     own = fingerprint({"folder": folder.fingerprint(options.max_length), "dtype": options.dtype})
     return TeacherFacts(folder.scale, folder.activation, own, kind, columns, label_column)
 

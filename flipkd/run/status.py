@@ -49,7 +49,7 @@ def status(folder: str) -> dict[str, Any]:
 
 
 def _training(output: Location) -> dict[str, Any] | None:
-    run = read_json(output, RUN_FILE) if output.is_local else None
+    run = read_json(output, RUN_FILE, config=dict) if output.is_local else None
     return None if run is None else run_status(Path(output.path), run)
 
 
@@ -59,7 +59,7 @@ def _at_work(output: Location) -> dict[str, Any] | None:
 
 
 def _finished(output: Location) -> dict[str, Any] | None:
-    manifest = read_json(output, MANIFEST)
+    manifest = read_json(output, MANIFEST, fingerprint=str, complete=bool)
     if output.is_local:
         store = read_json(output, STORE_FILE)
         if store is not None:
@@ -108,7 +108,7 @@ def _stage_folders(output: Location) -> list[Location]:
 
 def _progress(output: Location) -> dict[str, Any] | None:
     """From the plan, and the footers of what is there."""
-    plan = read_json(output, PLAN)
+    plan = read_json(output, PLAN, fingerprint=str, kind=str, units=int, rows=int, started=float)
     if plan is None:
         return None
     names, _ = list_outputs(output)

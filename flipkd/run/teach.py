@@ -145,7 +145,7 @@ def _check_vectors(planned: TeachPlan, vectors: Location, work: Location) -> boo
     """
     if not vectors.is_local or not os.path.lexists(vectors.path):
         return False
-    found = read_json(vectors, _VECTORS_OF) if os.path.isdir(vectors.path) else None
+    found = read_json(vectors, _VECTORS_OF, pairs=(str, type(None))) if os.path.isdir(vectors.path) else None
     if found is None:
         raise OutputError(f"{vectors.uri} is not a folder of teacher vectors; choose another --output, or remove it")
     of = plan_fingerprint(planned.plan, planned.run_fingerprint)

@@ -23,6 +23,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import stat
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -182,8 +183,11 @@ def open_cache(folder: str | Path, encoder: str, dtype: str) -> TextCache:
 def read_key(root: Path) -> bytes:
     """The key of a cache; a new one where there is none yet.
 
+    Whoever has the key can tell whether a text that he guesses is in the cache. A key that its group can read is warned
+    of and no more: storage classes of Kubernetes set that themselves.
+
     Raises:
-        ConfigError: the file is damaged.
+        ConfigError: the file is damaged, or everybody can read or write it.
         OutputError: the folder cannot be written.
     """
     path = root / KEY_FILE
@@ -193,6 +197,14 @@ def read_key(root: Path) -> bytes:
             with cache_lock(root):
                 if not path.exists():
                     write_private_file(str(path), os.urandom(_KEY_BYTES))
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & 0o007:
+        raise ConfigError(
+            f"{path} has mode {mode:04o}: everybody on this machine can test guessed texts with it; if nobody has, "
+            f"chmod 600 it, else remove the folder {root}, texts are then encoded anew with another key"
+        )
+    if mode & 0o070:
+        logger.warning("%s has mode %04o: its group can test guessed texts with it; chmod 600 it", path, mode)
     key = path.read_bytes()
     if len(key) != _KEY_BYTES:
         raise ConfigError(f"{path} is damaged; remove the folder {root}, texts are then encoded anew")

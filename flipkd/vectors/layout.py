@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from flipkd.data.json_files import check_fields, parse_object
 from flipkd.errors import ConfigError, InputError
 from flipkd.vectors.id_types import KINDS
 from flipkd.vectors.index import index_files
@@ -23,6 +23,9 @@ STATUS_NULL_ID = 8  # the row is not indexed
 
 AGAIN = "run `flipkd-batch encode` again"
 
+_COUNTS = ("missing_text", "truncated", "invalid_text", "null_ids", "duplicate_records")
+_MOST = 2**48  # rows, bytes: beyond any file
+
 
 def is_sealed(path: str | Path) -> bool:
     """Whether `path` holds a finished store."""
@@ -33,24 +36,24 @@ def read_header(folder: Path) -> dict[str, Any]:
     """Read and check store.json. Raises InputError naming it."""
     path = folder / HEADER_FILE
     try:
-        header = json.loads(path.read_bytes())
+        header = parse_object(path.read_bytes())
     except FileNotFoundError:
         raise InputError(f"{folder} is not a finished store: it has no {HEADER_FILE}; {AGAIN}") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error}); {AGAIN}") from error
-    if not isinstance(header, dict) or header.get("format_version") != FORMAT_VERSION:
-        version = header.get("format_version") if isinstance(header, dict) else None
-        raise InputError(f"{path} is of format {version}, this flipkd reads format {FORMAT_VERSION}; {AGAIN}")
+    if header.get("format_version") != FORMAT_VERSION:
+        raise InputError(f"{path} is of another format than {FORMAT_VERSION}, which this flipkd reads; {AGAIN}")
     try:
+        check_fields(header, dtype=str, id_kind=str, id_type=str, fingerprint=str, counts=dict)
+        check_fields(header, rows=int, dim=int, id_bytes=int)
+        check_fields(header["counts"], **dict.fromkeys(_COUNTS, int))
         check_dtype(header["dtype"])
-        counts = [header[name] for name in ("rows", "dim", "id_bytes")]
         if header["id_kind"] not in KINDS or header["dim"] == 0:
             raise ValueError("id_kind or dim")
-        if not all(isinstance(count, int) and count >= 0 for count in counts):
+        if not all(0 <= header[name] < _MOST for name in ("rows", "dim", "id_bytes")):
             raise ValueError("rows, dim or id_bytes")
-        str(header["id_type"]), str(header["fingerprint"])
-    except (KeyError, TypeError, ValueError, ConfigError) as error:
-        raise InputError(f"{path} is damaged ({error!r}); {AGAIN}") from error
+    except (ValueError, ConfigError) as error:
+        raise InputError(f"{path} is damaged ({error}); {AGAIN}") from error
     return header
 
 

@@ -240,7 +240,7 @@ def used_path(path: Path) -> Path:
 
 def open_used(path: Path, rows: int) -> Any:
     """The file of times of a segment, made if it is not there: zeros, so that the time of writing counts."""
-    descriptor = os.open(used_path(path), os.O_RDWR | os.O_CREAT, 0o600)
+    descriptor = os.open(used_path(path), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     file = os.fdopen(descriptor, "r+b")
     os.ftruncate(descriptor, 4 * rows)
     return file

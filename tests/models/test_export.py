@@ -232,7 +232,12 @@ def test_what_is_there_is_not_overwritten(llama_dir: Path, tmp_path: Path) -> No
     with pytest.raises(OutputError, match="--overwrite"):
         export_student(student, tmp_path / "encoder", TEXTS)
     assert (tmp_path / "encoder" / "stale").exists()
+    with pytest.raises(OutputError, match=r"not an encoder that flipkd wrote, or holds more \(such as stale\)"):
+        export_student(student, tmp_path / "encoder", TEXTS, overwrite=True)
+    (tmp_path / "encoder" / "stale").unlink()
+    before = (tmp_path / "encoder" / "flipkd.json").stat().st_ino
     export_student(student, tmp_path / "encoder", TEXTS, overwrite=True)
+    assert (tmp_path / "encoder" / "flipkd.json").stat().st_ino != before
     assert not (tmp_path / "encoder" / "stale").exists()
 
     (tmp_path / "mine").mkdir()
