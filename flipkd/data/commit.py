@@ -55,7 +55,8 @@ class ShardWriter:
                 make_private_folder(folder)
                 os.close(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
                 self._sink = pa.OSFile(self._path, "wb")
-                self._writer = pq.ParquetWriter(self._sink, schema, **options)
+                # Checksums: whoever reads the file sees a bit that has turned over since (see the README for the cost).
+                self._writer = pq.ParquetWriter(self._sink, schema, write_page_checksum=True, **options)
                 self._writer.add_key_value_metadata(metadata)
         except BaseException:
             self._remove()
@@ -186,12 +187,17 @@ def write_private_file(path: str, data: bytes) -> None:
         folder, base = os.path.split(path)
         make_private_folder(folder)
         temporary = os.path.join(folder, f".{base}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as sink:
-            sink.write(data)
-            sink.flush()
-            os.fsync(descriptor)
-        os.replace(temporary, path)
+        try:
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "wb") as sink:
+                sink.write(data)
+                sink.flush()
+                os.fsync(descriptor)
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
         sync(folder)
 
 
@@ -199,14 +205,16 @@ def read_json(root: Location, name: str) -> dict[str, Any] | None:
     """Reads a JSON file of flipkd's; None when it is not there.
 
     Raises:
-        InputError: it is there and is not JSON.
+        InputError: it is there and is not a JSON object.
     """
     target = root.child(name)
     try:
         with root.filesystem.open_input_stream(target.path) as source:
-            values: dict[str, Any] = json.loads(source.read())
+            values = json.loads(source.read())
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {target.uri}: {type(error).__name__}") from error
+        raise InputError(f"cannot read {target.uri}: {type(error).__name__}; remove it and run again") from error
+    if not isinstance(values, dict):
+        raise InputError(f"cannot read {target.uri}: it is damaged; remove it and run again")
     return values

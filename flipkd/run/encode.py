@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,15 @@ from flipkd.run.output import locked, refuse_overlap, remove_folder
 from flipkd.run.units import Plan, WorkUnit, fingerprint, plan_units
 from flipkd.vectors.cache import TextCache
 from flipkd.vectors.cache_tidy import tidy
-from flipkd.vectors.layout import STATUS_INVALID_TEXT, STATUS_MISSING_TEXT, STATUS_TRUNCATED
+from flipkd.vectors.layout import (
+    STATUS_INVALID_TEXT,
+    STATUS_MISSING_TEXT,
+    STATUS_TRUNCATED,
+    DamagedStoreError,
+    check_files,
+    is_sealed,
+    read_header,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -125,10 +134,13 @@ def encode_planned(planned: EncodePlan) -> dict[str, Any]:
     config = planned.config
     output = open_location(config.output)
     with locked(output):
-        sealed = read_json(output, STORE_FILE)
+        sealed = _sealed_header(Path(output.path))
         if sealed is not None and sealed["fingerprint"] == planned.fingerprint:
-            logger.info("%s is complete already", output.uri)
-            return read_json(output, MANIFEST) or {}
+            manifest = read_json(output, MANIFEST)
+            if manifest is not None:  # else the run before was killed between its last two steps
+                logger.info("%s is complete already", output.uri)
+                return manifest
+            sealed = None
         if sealed is not None and not config.run.overwrite:
             raise ConfigError(
                 f"{output.uri} holds the store of another run, or of records that have changed since; "
@@ -157,6 +169,19 @@ def encode_planned(planned: EncodePlan) -> dict[str, Any]:
             except OutputError as error:  # the vectors are there: no reason to fail
                 logger.warning("the text cache was not compacted: %s", error)
         return _seal(planned, output, parts, manifest)
+
+
+def _sealed_header(folder: Path) -> dict[str, Any] | None:
+    """The header of a finished store; None where there is none, or one that is damaged and has to be made again."""
+    if not is_sealed(folder):
+        return None
+    try:
+        header = read_header(folder)
+        check_files(folder, header)
+    except DamagedStoreError as error:
+        logger.warning("the store is made again: %s", error)
+        return None
+    return header
 
 
 def _seal(planned: EncodePlan, output: Location, parts: Location, manifest: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from flipkd.data.commit import write_json
 from flipkd.data.location import Location
 from flipkd.errors import ClusterError
 from flipkd.run.local import UnitFunction, run_local
-from flipkd.run.manifest import MANIFEST, PLAN, Totals, UnitReport, read_reports, versions
+from flipkd.run.manifest import MANIFEST, PLAN, Totals, UnitReport, versions
 from flipkd.run.output import check_space, prepare
 from flipkd.run.progress import progress_bar
 from flipkd.run.units import Plan, WorkUnit
@@ -55,8 +55,12 @@ class Job:
     about: Mapping[str, Any]
 
 
-def run_job(job: Job) -> dict[str, Any]:
+def run_job(job: Job, done: Mapping[str, UnitReport] | None = None) -> dict[str, Any]:
     """Runs the units whose outputs are not there yet and writes the manifest.
+
+    Args:
+        job: what to run.
+        done: what ``prepare`` has found in the folder, if the caller has asked already.
 
     Returns:
         The manifest. ``complete`` is false when files or units were skipped.
@@ -67,7 +71,8 @@ def run_job(job: Job) -> dict[str, Any]:
         ClusterError: the Ray job stalled, or more units failed than the error budget allows.
     """
     started = time.perf_counter()
-    done = prepare(job.output, {unit.output for unit in job.plan.units}, job.run.overwrite)
+    if done is None:
+        done = prepare(job.output, job.plan.units, job.run.overwrite)
     pending = [unit for unit in job.plan.units if unit.output not in done]
     pending_rows = sum(unit.rows for unit in pending)
     check_space(job.output, job.output_bytes * pending_rows // max(job.plan.rows, 1))
@@ -89,7 +94,7 @@ def run_job(job: Job) -> dict[str, Any]:
                         f"the last one: {report.error}"
                     )
     seconds = time.perf_counter() - started
-    for report in read_reports(job.output, sorted(done)):
+    for report in done.values():
         totals.add(report)
     stages_complete = job.about.get("stages_complete", True)
     manifest = {

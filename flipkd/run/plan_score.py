@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from flipkd.config import EncodeConfig, ScoreConfig
@@ -15,7 +16,6 @@ from flipkd.data.shards import ShardReader, find_shards
 from flipkd.errors import ConfigError
 from flipkd.run.encode import (
     PARTS,
-    STORE_FILE,
     EncodePlan,
     check_schema,
     encoder_fingerprint,
@@ -26,6 +26,7 @@ from flipkd.run.manifest import WORK_FOLDER
 from flipkd.run.output import refuse_overlap
 from flipkd.run.score import ScoreTask, ScoreWorker, output_columns
 from flipkd.run.units import Plan, fingerprint, plan_units, work_name
+from flipkd.vectors.layout import is_sealed, read_header
 
 # Key of the manifest: fingerprint of the encoder whose scores these are.
 ENCODER_FACT = "encoder_fingerprint"
@@ -69,8 +70,7 @@ def plan_score(config: ScoreConfig) -> ScorePlan:
     store, right_store = config.store, config.right_store
     if config.store is not None:
         source = {"stores": [store_fingerprint(path) for path in (store, right_store) if path is not None]}
-        header = read_json(open_location(config.store), STORE_FILE) or {}
-        encoder = header.get("encoder")  # None where a store does not tell
+        encoder = read_header(Path(open_location(config.store).path)).get("encoder")  # None where a store does not tell
     elif config.records is not None:
         encodes = [plan_encode(_encode_config(config, path)) for path in _record_tables(config)]
         encodes = [replace(plan, config=replace(plan.config, output=_store_folder(config, plan))) for plan in encodes]
@@ -146,14 +146,14 @@ def store_fingerprint(path: str) -> str:
 
     Raises:
         ConfigError: the folder holds none.
+        InputError: its header is damaged.
     """
     location = open_location(path)
-    header = read_json(location, STORE_FILE) if location.is_local else None
-    if header is None:
+    if not location.is_local or not is_sealed(location.path):
         unfinished = read_json(location, f"{PARTS}/{WORK_FOLDER}/plan.json") if location.is_local else None
         hint = "it is not finished: run encode again" if unfinished else "make one with flipkd-batch encode"
         raise ConfigError(f"{path} holds no vector store; {hint}")
-    return str(header["fingerprint"])
+    return str(read_header(Path(location.path))["fingerprint"])
 
 
 def _record_tables(config: ScoreConfig) -> list[str]:

@@ -39,6 +39,8 @@ def status(folder: str) -> dict[str, Any]:
     manifest = read_json(output, MANIFEST)
     if store is not None:
         return {"state": "finished", "kind": "encode", "store": store, **_kept(manifest or {})}
+    if manifest is not None:
+        _check_fields(output.child(MANIFEST), manifest, {"fingerprint", "complete"})
     facts = _progress(output)
     if manifest is not None and facts is not None and facts["fingerprint"] == manifest["fingerprint"]:
         facts["state"] = "finished" if manifest["complete"] else "partial"
@@ -53,6 +55,11 @@ def status(folder: str) -> dict[str, Any]:
     if stages:
         return {**stages[-1], "stage": stages[-1]["kind"]}
     raise InputError(f"{folder} is not an output of flipkd: it has no {PLAN}")
+
+
+def _check_fields(file: Location, values: dict[str, Any], wanted: set[str]) -> None:
+    if not wanted <= values.keys():
+        raise InputError(f"{file.uri} is damaged; run the job again, it goes on where it was")
 
 
 def _kept(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -74,6 +81,7 @@ def _progress(output: Location) -> dict[str, Any] | None:
     plan = read_json(output, PLAN)
     if plan is None:
         return None
+    _check_fields(output.child(PLAN), plan, {"kind", "fingerprint", "units", "rows", "started"})
     names, _ = list_outputs(output)
     totals = Totals()
     for report in read_reports(output, sorted(names)):

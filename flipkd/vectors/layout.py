@@ -24,34 +24,61 @@ STATUS_NULL_ID = 8  # the row is not indexed
 AGAIN = "run `flipkd-batch encode` again"
 
 
+class DamagedStoreError(InputError):
+    """A store that is not what was written."""
+
+
 def is_sealed(path: str | Path) -> bool:
     """Whether `path` holds a finished store."""
     return (Path(path) / HEADER_FILE).is_file()
 
 
 def read_header(folder: Path) -> dict[str, Any]:
-    """Read and check store.json. Raises InputError naming it."""
+    """Read and check store.json.
+
+    Raises:
+        DamagedStoreError: names it.
+        InputError: there is none, or one of another format.
+    """
     path = folder / HEADER_FILE
     try:
-        header = json.loads(path.read_bytes())
+        header: dict[str, Any] = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise InputError(f"{folder} is not a finished store: it has no {HEADER_FILE}; {AGAIN}") from None
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}); {AGAIN}") from error
-    if not isinstance(header, dict) or header.get("format_version") != FORMAT_VERSION:
-        version = header.get("format_version") if isinstance(header, dict) else None
-        raise InputError(f"{path} is of format {version}, this flipkd reads format {FORMAT_VERSION}; {AGAIN}")
+        raise DamagedStoreError(f"{path} cannot be read ({error}); {AGAIN}") from error
+    version = header.get("format_version") if isinstance(header, dict) else None
+    if version != FORMAT_VERSION:
+        kind = InputError if isinstance(version, int) else DamagedStoreError
+        raise kind(f"{path} is of format {version}, this flipkd reads format {FORMAT_VERSION}; {AGAIN}")
     try:
         check_dtype(header["dtype"])
         counts = [header[name] for name in ("rows", "dim", "id_bytes")]
+        counts += [header["counts"][name] for name in ("missing_text", "truncated", "invalid_text", "null_ids")]
         if header["id_kind"] not in KINDS or header["dim"] == 0:
             raise ValueError("id_kind or dim")
         if not all(isinstance(count, int) and count >= 0 for count in counts):
-            raise ValueError("rows, dim or id_bytes")
+            raise ValueError("rows, dim, id_bytes or counts")
         str(header["id_type"]), str(header["fingerprint"])
     except (KeyError, TypeError, ValueError, ConfigError) as error:
-        raise InputError(f"{path} is damaged ({error!r}); {AGAIN}") from error
+        raise DamagedStoreError(f"{path} is damaged ({error!r}); {AGAIN}") from error
     return header
+
+
+def check_files(folder: Path, header: dict[str, Any]) -> None:
+    """Look whether the files that a header tells of are there, in their sizes.
+
+    Raises:
+        DamagedStoreError: names the file.
+    """
+    for name, size_bytes in store_files(header).items():
+        try:
+            actual_bytes = (folder / name).stat().st_size
+        except OSError as error:
+            raise DamagedStoreError(f"{folder / name} is missing or unreadable ({error.strerror}); {AGAIN}") from error
+        if actual_bytes != size_bytes:
+            told = f"not the {size_bytes} that {HEADER_FILE} tells of"
+            raise DamagedStoreError(f"{folder / name} has {actual_bytes} bytes, {told}; {AGAIN}")
 
 
 def store_files(header: dict[str, Any]) -> dict[str, int]:
