@@ -42,6 +42,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from benchmarks.common import interleave, report
+from flipkd.config import VectorDtype
 
 KEYS = ("left_id", "right_id", "score", "reason", "truncated")
 SCORE_ONLY = ("score",)
@@ -127,13 +128,13 @@ class Inputs:
         return cosines
 
 
-def write_store(folder: Path, ids: pa.Array, vectors: npt.NDArray[np.float32]) -> None:
-    """Seals an int8 store of [N, d] unit vectors, as ``flipkd.encode`` does with those of an encoder."""
+def write_store(folder: Path, ids: pa.Array, vectors: npt.NDArray[np.float32], dtype: VectorDtype = "int8") -> None:
+    """Seals a store of [N, d] unit vectors, as ``flipkd.encode`` does with those of an encoder."""
     from flipkd.vectors.rows import quantise
     from flipkd.vectors.store import seal_store
 
-    values = quantise(vectors, "int8").values
-    count, width = values.shape
+    values = quantise(vectors, dtype).values
+    count, width = len(values), values.itemsize * values.shape[1]
     part = pa.table(
         {
             "id": ids,
@@ -146,7 +147,7 @@ def write_store(folder: Path, ids: pa.Array, vectors: npt.NDArray[np.float32]) -
     )
     path = folder.with_suffix(".parquet")
     pq.write_table(part, path, compression="none", use_dictionary=False)
-    header = {"fingerprint": f"benchmark-{ids.type}", "template": "{text}", "dtype": "int8", "encoder": "random"}
+    header = {"fingerprint": f"benchmark-{ids.type}", "template": "{text}", "dtype": dtype, "encoder": "random"}
     seal_store(str(folder), [str(path)], {**header, "complete": True})
     path.unlink()
 

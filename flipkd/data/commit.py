@@ -59,7 +59,8 @@ class ShardWriter:
                 make_private_folder(folder)
                 os.close(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
                 self._sink = pa.OSFile(self._path, "wb")
-                self._writer = pq.ParquetWriter(self._sink, schema, **options)
+                # Checksums: whoever reads the file sees a bit that has turned over since (see the README for the cost).
+                self._writer = pq.ParquetWriter(self._sink, schema, write_page_checksum=True, **options)
                 self._writer.add_key_value_metadata(metadata)
         except BaseException:
             self._remove()
@@ -200,13 +201,18 @@ def _write_file(path: str, data: bytes, mode: int) -> None:
     with writing(path):
         folder, base = os.path.split(path)
         temporary = os.path.join(folder, f".{base}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as sink:
-            os.fchmod(descriptor, mode)
-            sink.write(data)
-            sink.flush()
-            os.fsync(descriptor)
-        os.replace(temporary, path)
+        try:
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "wb") as sink:
+                os.fchmod(descriptor, mode)
+                sink.write(data)
+                sink.flush()
+                os.fsync(descriptor)
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
         sync(folder)
 
 
@@ -230,4 +236,4 @@ def read_json(root: Location, name: str, **kinds: type | tuple[type, ...]) -> di
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {target.uri}: {reason(error)}") from error
+        raise InputError(f"cannot read {target.uri}: {reason(error)}; remove it and run again") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import posixpath
 import urllib.parse
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
@@ -21,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 PARQUET_SUFFIXES = (".parquet", ".parq", ".pq")
 HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
+_BUFFER_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -105,12 +108,18 @@ class ShardReader:
         self._location, self._shard = location, shard
         with self._naming():
             if location.is_local:
-                self._source: Any = pa.memory_map(shard.path) if shard.size_bytes else pa.BufferReader(b"")
+                # Read, not mapped: a mapped file that is cut off under its reader, or that the disk cannot give, is a
+                # SIGBUS that ends the process.
+                self._source: Any = pa.OSFile(shard.path)
             else:
                 self._source = location.filesystem.open_input_file(shard.path)
             try:
-                self._file = pq.ParquetFile(self._source)
+                self._check_unchanged()
+                # Checksums are there only where the writer has been told to write them.
+                buffer_bytes = _BUFFER_BYTES if location.is_local else 0
+                self._file = pq.ParquetFile(self._source, buffer_size=buffer_bytes, page_checksum_verification=True)
                 self.schema: pa.Schema = self._file.schema_arrow
+                self.schema.names  # noqa: B018  (fails where a name is not UTF-8)
             except BaseException:
                 self._source.close()
                 raise
@@ -122,11 +131,32 @@ class ShardReader:
         self._file.close()
         self._source.close()
 
+    def _check_unchanged(self) -> None:
+        """Refuses a file that is not the one that was listed: its rows would go out under the other one's name."""
+        shard = self._shard
+        found = (self._source.size(), shard.modified_ns)
+        if self._location.is_local:
+            status = os.stat(shard.path)
+            found = (status.st_size, status.st_mtime_ns)
+        if found != (shard.size_bytes, shard.modified_ns):
+            raise InputError(
+                f"{shard.name} of {self._location.uri} has changed since it was listed; run again when it is at rest"
+            )
+
     @property
     def row_group_rows(self) -> list[int]:
-        """Rows of each row group."""
-        footer = self._file.metadata
-        return [footer.row_group(index).num_rows for index in range(footer.num_row_groups)]
+        """Rows of each row group.
+
+        Raises:
+            InputError: the footer contradicts itself: what it tells may be fewer rows than there are.
+        """
+        with self._naming():
+            footer = self._file.metadata
+            groups = [footer.row_group(index) for index in range(footer.num_row_groups)]
+            rows = [group.num_rows for group in groups]
+            if min(rows, default=0) < 0 or sum(rows) != footer.num_rows:
+                raise pa.ArrowInvalid("its footer contradicts itself in the number of rows")
+        return rows
 
     @property
     def key_values(self) -> dict[str, str]:
@@ -188,11 +218,15 @@ class ShardReader:
         while seen < skip_rows + rows:
             with self._naming():
                 batch = next(batches)
+                for column in batch.columns:
+                    _check_dictionary(column)
             start, stop = max(skip_rows - seen, 0), min(skip_rows + rows - seen, batch.num_rows)
             seen += batch.num_rows
             if start < stop:
                 table = pa.Table.from_batches([batch.slice(start, stop - start)]).select(stored)
                 yield _with_partitions(table.replace_schema_metadata(None), self._shard, columns, stop - start)
+        with self._naming():
+            self._check_unchanged()
 
     def all_batches(self, columns: Sequence[str], batch_rows: int) -> Iterator[pa.Table]:
         """Reads all rows; see ``batches``."""
@@ -203,11 +237,26 @@ class ShardReader:
     def _naming(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, pa.ArrowException, StopIteration) as error:
+        except (OSError, pa.ArrowException, StopIteration, UnicodeDecodeError, OverflowError, MemoryError) as error:
             raise InputError(
                 f"cannot read {self._shard.name} of {self._location.uri}: {reason(error) or 'rows are missing'}; "
                 "mend or remove the file, or pass --on-bad-shard skip"
             ) from error
+
+
+def _check_dictionary(column: pa.Array) -> None:
+    """Arrow does not check a dictionary's indices when it reads them from a file as they are."""
+    if pa.types.is_dictionary(column.type):
+        last = pc.max(column.indices).as_py()
+        if last is not None and (last >= len(column.dictionary) or pc.min(column.indices).as_py() < 0):
+            raise pa.ArrowInvalid("an index points outside its dictionary")
+    elif _holds_dictionary(column.type):
+        column.validate(full=True)
+
+
+def _holds_dictionary(kind: pa.DataType) -> bool:
+    children = [kind.field(position).type for position in range(kind.num_fields)]
+    return any(pa.types.is_dictionary(child) or _holds_dictionary(child) for child in children)
 
 
 def _with_partitions(table: pa.Table, shard: Shard, columns: Sequence[str], rows: int) -> pa.Table:

@@ -25,8 +25,8 @@ from flipkd.data.location import Location
 from flipkd.errors import ClusterError, ConfigError, FlipkdError, told_without_data
 from flipkd.logs import LogOptions, adopt_handlers, current_options, log_to_stderr
 from flipkd.run.local import UnitFunction, attempt
-from flipkd.run.manifest import WORK_FOLDER, UnitReport, read_reports
-from flipkd.run.output import remove_folder
+from flipkd.run.manifest import WORK_FOLDER, UnitReport, read_report
+from flipkd.run.output import remove_folder, remove_temporary
 from flipkd.run.units import WorkUnit
 
 try:
@@ -83,7 +83,7 @@ class _UnitActor:
     def _run(self, unit: WorkUnit) -> UnitReport:
         path = self._output.child(unit.output).path
         if self._output.filesystem.get_file_info(path).type == pafs.FileType.File:
-            return read_reports(self._output, [unit.output])[0]
+            return read_report(self._output, unit.output, unit.fingerprint)
         # Ray counts the deaths of an actor, not those that a unit caused, and an actor may die often in a long job on
         # machines that come and go. So each start of a unit is noted; the note goes when the unit ends.
         note = f"{TRIES}/{unit.fingerprint}.json"
@@ -101,7 +101,8 @@ class _UnitActor:
         try:
             return attempt(self._worker, unit, self._skip)
         finally:
-            self._output.filesystem.delete_file(self._output.child(note).path)
+            with contextlib.suppress(OSError):  # a disk that has turned read-only has said so already
+                self._output.filesystem.delete_file(self._output.child(note).path)
 
 
 def run_cluster(
@@ -161,6 +162,7 @@ def run_cluster(
                 raise ClusterError(_explain(error, run)) from error
             raise
     remove_folder(output.child(TRIES))
+    remove_temporary(output)  # of workers that were killed
 
 
 @contextlib.contextmanager

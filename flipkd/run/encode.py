@@ -43,6 +43,8 @@ from flipkd.vectors.layout import (
     STATUS_MISSING_TEXT,
     STATUS_TRUNCATED,
     STORE_FILES,
+    DamagedStoreError,
+    check_files,
     is_sealed,
     read_header,
 )
@@ -145,12 +147,15 @@ def encode_planned(planned: EncodePlan) -> dict[str, Any]:
     """Runs a planned encode job under the store's lock."""
     config = planned.config
     output = open_location(config.output)
-    _check_free(Path(output.path))
+    _check_free(Path(output.path), config.run.overwrite)
     with locked(output), observed("encode", config.run, output):
         sealed = _sealed(Path(output.path), config.run.overwrite)
         if sealed is not None and sealed["fingerprint"] == planned.fingerprint:
-            logger.info("%s is complete already", output.uri)
-            return read_json(output, MANIFEST) or {}
+            manifest = read_json(output, MANIFEST)
+            if manifest is not None:  # else the run before was killed between its last two steps
+                logger.info("%s is complete already", output.uri)
+                return manifest
+            sealed = None
         if sealed is not None and not config.run.overwrite:
             raise ConfigError(
                 f"{output.uri} holds the store of another run, or of records that have changed since; "
@@ -182,22 +187,34 @@ def encode_planned(planned: EncodePlan) -> dict[str, Any]:
 
 
 def _sealed(folder: Path, overwrite: bool) -> dict[str, Any] | None:
-    """Header of the store that is there. One that cannot be read counts as none where it may be replaced."""
+    """The header of a finished store; None where there is none, or one that is damaged and has to be made again."""
+    if not is_sealed(folder):
+        return None
     try:
-        return read_header(folder) if is_sealed(folder) else None
+        header = read_header(folder)
+        check_files(folder, header)
+    except DamagedStoreError as error:
+        logger.warning("the store is made again: %s", error)
+        return None
     except InputError:
         if not overwrite:
             raise
         return None
+    return header
 
 
-def _check_free(folder: Path) -> None:
+def _check_free(folder: Path, overwrite: bool) -> None:
     """Refuses a folder in which flipkd has never worked and that has files of the names of a store's.
 
     Raises:
         OutputError: names one.
+        InputError: a store's header is there, and cannot be read.
     """
-    if (folder / WORK_FOLDER).is_dir() or is_sealed(folder):
+    if (folder / WORK_FOLDER).is_dir():
+        return
+    if is_sealed(folder):
+        if not overwrite:
+            read_header(folder)
         return
     for name in (*STORE_FILES, MANIFEST):
         if os.path.lexists(folder / name):

@@ -15,7 +15,7 @@ from flipkd.data.location import Location
 from flipkd.errors import ClusterError
 from flipkd.models.progress import Listener
 from flipkd.run.local import UnitFunction, run_local
-from flipkd.run.manifest import MANIFEST, PLAN, Totals, UnitReport, read_reports, versions
+from flipkd.run.manifest import MANIFEST, PLAN, Totals, UnitReport, versions
 from flipkd.run.observe import observed
 from flipkd.run.output import check_space, prepare
 from flipkd.run.units import Plan, WorkUnit
@@ -56,8 +56,12 @@ class Job:
     about: Mapping[str, Any]
 
 
-def run_job(job: Job) -> dict[str, Any]:
+def run_job(job: Job, done: Mapping[str, UnitReport] | None = None) -> dict[str, Any]:
     """Runs the units whose outputs are not there yet and writes the manifest.
+
+    Args:
+        job: what to run.
+        done: what ``prepare`` has found in the folder, if the caller has asked already.
 
     Returns:
         The manifest. ``complete`` is false when files or units were skipped.
@@ -68,7 +72,8 @@ def run_job(job: Job) -> dict[str, Any]:
         ClusterError: the Ray job stalled, or more units failed than the error budget allows.
     """
     started = time.perf_counter()
-    done = prepare(job.output, {unit.output for unit in job.plan.units}, job.run.overwrite)
+    if done is None:
+        done = prepare(job.output, job.plan.units, job.run.overwrite)
     pending = [unit for unit in job.plan.units if unit.output not in done]
     pending_rows = sum(unit.rows for unit in pending)
     check_space(job.output, job.output_bytes * pending_rows // max(job.plan.rows, 1))
@@ -76,7 +81,7 @@ def run_job(job: Job) -> dict[str, Any]:
     if done:
         logger.info("%d of %d units are done already", len(done), len(job.plan.units))
     totals, failures = Totals(), []
-    resumed = read_reports(job.output, sorted(done))
+    resumed = list(done.values())
     for report in resumed:
         totals.add(report)
     with observed(job.kind, job.run) as seen, seen.stage(job.kind, job.unit_name, job.plan, resumed) as stage:

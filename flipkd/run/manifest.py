@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flipkd.data.json_files import check_fields, parse_object
-from flipkd.data.location import Location
+from flipkd.data.location import Location, reason
 from flipkd.errors import InputError
 
 MANIFEST = "_manifest.json"
@@ -64,33 +64,84 @@ class UnitReport:
         return {UNIT_KEY: json.dumps(facts, sort_keys=True)}
 
 
-def read_footer(root: Location, name: str) -> dict[str, Any]:
-    """The facts of a committed output, as ``UnitReport.footer`` wrote them.
+def read_report(root: Location, name: str, unit_fingerprint: str | None = None) -> UnitReport:
+    """What ``UnitReport.footer`` wrote into a committed output.
+
+    Args:
+        root: the output folder.
+        name: of the output.
+        unit_fingerprint: of the unit whose output it must be; None takes any.
 
     Raises:
-        InputError: the file is not one of flipkd's outputs.
+        InputError: the file is not an output of flipkd, or not whole. Pages are not read: who reads them finds by their
+            checksums whether they are what was written.
     """
     try:
         with root.filesystem.open_input_file(root.child(name).path) as source:
-            found = pq.ParquetFile(source).metadata.metadata or {}
-        facts = parse_object(found[UNIT_KEY.encode()])
+            size_bytes = source.size()
+            footer = pq.ParquetFile(source).metadata
+        facts = parse_object((footer.metadata or {})[UNIT_KEY.encode()])
         check_fields(facts, rows_in=int, rows_out=int, reasons=dict, counts=dict)
         for counted in (facts["reasons"], facts["counts"]):
             check_fields(counted, **dict.fromkeys(counted, int))
-    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
-        raise InputError(f"{name} of {root.uri} is not an output of flipkd") from error
-    return facts
+        report = UnitReport(name, facts["rows_in"], facts["rows_out"], facts["reasons"], facts["counts"])
+        if footer.num_rows != report.rows_out or _end_of_pages(footer) > size_bytes - footer.serialized_size - 8:
+            raise ValueError("rows or pages are missing")
+        if unit_fingerprint not in (None, facts["unit"]):
+            raise ValueError("another unit's")
+    except (OSError, pa.ArrowException, LookupError, TypeError, ValueError) as error:
+        raise InputError(f"{name} of {root.uri} is not a whole output of flipkd; remove it and run again") from error
+    return report
+
+
+def read_output(root: Location, name: str, columns: list[str] | None) -> pa.Table:
+    """Reads a whole file that an earlier stage has written.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    try:
+        with root.filesystem.open_input_file(root.child(name).path) as source:
+            return pq.ParquetFile(source, page_checksum_verification=True).read(columns)
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"cannot read {root.child(name).uri}: {reason(error)}; remove it and run again") from error
+
+
+def _end_of_pages(footer: pq.FileMetaData) -> int:
+    """Where the last page ends. A file that has lost a piece of its middle ends its pages after its footer begins."""
+    if not footer.num_row_groups or not footer.num_columns:
+        return 0
+    column = footer.row_group(footer.num_row_groups - 1).column(footer.num_columns - 1)
+    start = column.dictionary_page_offset if column.has_dictionary_page else column.data_page_offset
+    return int(start + column.total_compressed_size)
 
 
 def read_reports(root: Location, names: Iterable[str]) -> list[UnitReport]:
-    """Reports of committed outputs, from their footers."""
+    """Reports of committed outputs, from their footers.
 
-    def one(name: str) -> UnitReport:
-        facts = read_footer(root, name)
-        return UnitReport(name, facts["rows_in"], facts["rows_out"], facts["reasons"], facts["counts"])
+    Raises:
+        InputError: see ``read_report``.
+    """
+    with ThreadPoolExecutor(max_workers=16) as pool:
+        return list(pool.map(lambda name: read_report(root, name), names))
+
+
+def read_whole_reports(root: Location, units: Iterable[tuple[str, str]]) -> list[UnitReport | InputError]:
+    """Reports of committed outputs, or why one cannot be used.
+
+    Args:
+        root: the output folder.
+        units: name and unit fingerprint of each output.
+    """
+
+    def one(unit: tuple[str, str]) -> UnitReport | InputError:
+        try:
+            return read_report(root, *unit)
+        except InputError as error:
+            return error
 
     with ThreadPoolExecutor(max_workers=16) as pool:
-        return list(pool.map(one, names))
+        return list(pool.map(one, units))
 
 
 @dataclass

@@ -13,7 +13,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -23,8 +23,8 @@ from flipkd.data.commit import TEMPORARY_NAME, make_private_folder, writing
 from flipkd.data.location import Location
 from flipkd.data.shards import PARQUET_SUFFIXES
 from flipkd.errors import ConfigError, OutputError, OutputInUseError
-from flipkd.run.manifest import MANIFEST, WORK_FOLDER
-from flipkd.run.units import FINGERPRINT_CHARACTERS
+from flipkd.run.manifest import MANIFEST, WORK_FOLDER, UnitReport, read_whole_reports
+from flipkd.run.units import FINGERPRINT_CHARACTERS, WorkUnit
 
 logger = logging.getLogger(__name__)
 
@@ -161,28 +161,47 @@ def list_outputs(output: Location) -> tuple[set[str], list[str]]:
         if info.type != pafs.FileType.File:
             continue
         name = info.path[len(root) :] if info.path.startswith(root) else info.path.lstrip("/")
-        if name.startswith(f"{WORK_FOLDER}/"):
-            continue
-        if TEMPORARY_NAME.fullmatch(posixpath.basename(name)):
+        folder, base = posixpath.split(name)
+        inside = name.startswith(f"{WORK_FOLDER}/")  # there only what stands beside the plan is this job's own
+        if TEMPORARY_NAME.fullmatch(base) and (not inside or folder == WORK_FOLDER):
             temporary.append(info.path)
+        elif inside:
+            continue
         elif name.lower().endswith(PARQUET_SUFFIXES) and not posixpath.basename(name).startswith((".", "_")):
             names.add(name)
     return names, temporary
 
 
-def prepare(output: Location, wanted: set[str], overwrite: bool) -> set[str]:
-    """Makes the locked folder ready and says which of the wanted outputs are there already.
+def remove_temporary(output: Location) -> set[str]:
+    """Deletes the temporary files of killed writers; nobody may be writing. Names of the Parquet files as a by-product.
+
+    Raises:
+        OutputError: a file cannot be deleted.
+    """
+    names, temporary = list_outputs(output)
+    with writing(output.uri):
+        for path in temporary:
+            output.filesystem.delete_file(path)
+    return names
+
+
+def prepare(output: Location, units: Sequence[WorkUnit], overwrite: bool) -> dict[str, UnitReport]:
+    """Makes the locked folder ready and says which of the units are done already.
+
+    An output that is not whole any more is deleted, so that its unit is done again; see ``read_report``.
+
+    Returns:
+        By name of the output, what its footer tells.
 
     Raises:
         OutputError: the folder holds files of another run (or of input that has changed) and ``overwrite`` is off, or
             Parquet files that flipkd did not write.
     """
-    names, temporary = list_outputs(output)
-    for path in temporary:
-        output.filesystem.delete_file(path)
-    foreign = names - wanted
+    names = remove_temporary(output)
+    wanted = {unit.output: unit.fingerprint for unit in units}
+    foreign = names - set(wanted)
     if not foreign:
-        return names & wanted
+        return _whole(output, {name: wanted[name] for name in sorted(names)})
     strangers = [name for name in foreign if not _OUTPUT_NAME.search(name)]
     if strangers:
         raise OutputError(
@@ -200,7 +219,19 @@ def prepare(output: Location, wanted: set[str], overwrite: bool) -> set[str]:
             output.filesystem.delete_file(output.child(name).path)
         with contextlib.suppress(FileNotFoundError, pa.ArrowException):
             output.filesystem.delete_file(output.child(MANIFEST).path)
-    return set()
+    return {}
+
+
+def _whole(output: Location, found: Mapping[str, str]) -> dict[str, UnitReport]:
+    done = {}
+    for name, report in zip(found, read_whole_reports(output, found.items()), strict=True):
+        if isinstance(report, UnitReport):
+            done[name] = report
+            continue
+        logger.warning("%s of %s is damaged; it is made again", name, output.uri)
+        with writing(output.uri):
+            output.filesystem.delete_file(output.child(name).path)
+    return done
 
 
 def remove_folder(location: Location) -> None:

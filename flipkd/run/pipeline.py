@@ -40,7 +40,7 @@ def score(config: ScoreConfig) -> dict[str, Any]:
     job = planned.job
     with locked(job.output), observed("score", config.run, job.output):
         # Whose folder it is must be known before hours of encoding.
-        done = prepare(job.output, {unit.output for unit in job.plan.units}, config.run.overwrite)
+        done = prepare(job.output, job.plan.units, config.run.overwrite)
         stages: dict[str, Any] = {}
         if len(done) < len(job.plan.units):
             for name, encode_plan in zip(("encode_left", "encode_right"), planned.encodes, strict=False):
@@ -52,7 +52,7 @@ def score(config: ScoreConfig) -> dict[str, Any]:
             if config.top_k is not None:
                 job, stages["candidates"] = _top_k_job(planned)
         complete = all(stage.get("complete", True) for stage in stages.values())
-        manifest = run_job(replace(job, about={**job.about, "stages": stages, "stages_complete": complete}))
+        manifest = run_job(replace(job, about={**job.about, "stages": stages, "stages_complete": complete}), done)
         _remove_work(planned)
     return manifest
 

@@ -16,7 +16,6 @@ from flipkd.data.shards import ShardReader, find_shards
 from flipkd.errors import ConfigError
 from flipkd.run.encode import (
     PARTS,
-    STORE_FILE,
     EncodePlan,
     check_schema,
     encoder_fingerprint,
@@ -71,8 +70,7 @@ def plan_score(config: ScoreConfig) -> ScorePlan:
     store, right_store = config.store, config.right_store
     if config.store is not None:
         source = {"stores": [store_fingerprint(path) for path in (store, right_store) if path is not None]}
-        header = read_json(open_location(config.store), STORE_FILE) or {}
-        encoder = header.get("encoder")  # None where a store does not tell
+        encoder = read_header(Path(open_location(config.store).path)).get("encoder")  # None where a store does not tell
     elif config.records is not None:
         encodes = [plan_encode(_encode_config(config, path)) for path in _record_tables(config)]
         encodes = [replace(plan, config=replace(plan.config, output=_store_folder(config, plan))) for plan in encodes]

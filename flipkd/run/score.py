@@ -14,7 +14,7 @@ from flipkd.data.calibration import Calibration, kernel_arguments, probabilities
 from flipkd.data.location import Location
 from flipkd.data.pairs import PairRows, resolve_ids, resolve_texts
 from flipkd.data.shards import ShardReader
-from flipkd.errors import ConfigError
+from flipkd.errors import ConfigError, InputError
 from flipkd.kernels.pair_score import PairScores, pair_score
 from flipkd.run.manifest import UnitReport
 from flipkd.run.scored import ScoredBatch, StageClock, reason_column, write_scored
@@ -129,6 +129,7 @@ class ScoreWorker:
             min_score=task.min_score,
             threads=self._threads,
         )
+        _check_finite(self._left, self._right, pairs, scores)
         if task.calibration is not None and scores.probability is None:  # a form that the kernel does not compute
             scores = replace(scores, probability=probabilities(task.calibration, scores.score))
         if task.top_k is not None:
@@ -141,6 +142,15 @@ class ScoreWorker:
         if task.digest_key is None:
             return resolve_ids(left, right, self._left, self._right, task.pair_columns, self._threads)
         return resolve_texts(left, right, self._left, task.digest_key, task.pair_columns, self._threads)
+
+
+def _check_finite(left: VectorStore, right: VectorStore, pairs: PairRows, scores: PairScores) -> None:
+    """Refuses NaN as a score: an encoder never writes such a vector, so the store is damaged (int8 cannot hold one)."""
+    if left.rows.dtype == right.rows.dtype == "int8" or scores.position is not None:
+        return
+    scored = pairs.left >= 0
+    if np.isnan(scores.score[scored]).any():
+        raise InputError(f"a vector of the store {left.path} or {right.path} is not a number; encode the records again")
 
 
 def assemble(

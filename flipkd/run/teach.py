@@ -54,7 +54,7 @@ def teach(config: TeachConfig) -> dict[str, Any]:
     work = output.child(WORK_FOLDER).child(work_name(plan, planned.run_fingerprint))
     job = _teach_job(planned, work, vectors)
     with locked(output), observed("teach", config.run, output):
-        done = prepare(output, {unit.output for unit in plan.units}, config.run.overwrite)
+        done = prepare(output, plan.units, config.run.overwrite)
         has_vectors = _check_vectors(planned, vectors, work)
         stages: dict[str, Any] = {}
         if len(done) < len(plan.units) or (is_bi_encoder and not has_vectors):
@@ -66,7 +66,7 @@ def teach(config: TeachConfig) -> dict[str, Any]:
             plan = without_failed(planned.plan, plan, done)
         complete = all(stage["complete"] for stage in stages.values())
         about = {**job.about, "stages": stages, "stages_complete": complete}
-        manifest = run_job(replace(job, plan=plan, about=about))
+        manifest = run_job(replace(job, plan=plan, about=about), done)
         remove_folder(work)
     return manifest
 

@@ -15,14 +15,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from flipkd.data.commit import ShardWriter, read_json, write_json, writing
+from flipkd.data.commit import ShardWriter, read_json, write_json
 from flipkd.data.location import Location
 from flipkd.data.pairs import distinct_texts
 from flipkd.data.records import DIGEST_BYTES, text_digests
 from flipkd.data.shards import ShardReader
-from flipkd.run.manifest import MANIFEST, UnitReport
+from flipkd.run.manifest import MANIFEST, UnitReport, read_output
 from flipkd.run.output import remove_folder
 from flipkd.run.units import WorkUnit
 
@@ -112,7 +111,7 @@ def merge_texts(lists: Location, names: Sequence[str], output: Location) -> int:
     if finished is not None:
         return int(finished["rows"])
     remove_folder(output)
-    digests = [_as_keys(_read(lists, name, ["id"]).column("id")) for name in names]
+    digests = [_as_keys(read_output(lists, name, ["id"]).column("id")) for name in names]
     keys = np.concatenate(digests) if digests else np.empty(0, f"V{DIGEST_BYTES}")
     first = np.zeros(len(keys), np.bool_)
     first[np.unique(keys, return_index=True)[1]] = True
@@ -120,7 +119,7 @@ def merge_texts(lists: Location, names: Sequence[str], output: Location) -> int:
     waiting: list[pa.Table] = []
     for position, name in enumerate(names):
         stop = start + len(digests[position])
-        waiting.append(_read(lists, name, None).filter(pa.array(first[start:stop])))
+        waiting.append(read_output(lists, name, None).filter(pa.array(first[start:stop])))
         start = stop
         if sum(table.num_rows for table in waiting) >= _ROWS_PER_FILE or position == len(names) - 1:
             with ShardWriter(output, f"texts-{files:05d}.parquet", _SCHEMA, {}, _OPTIONS) as writer:
@@ -130,11 +129,6 @@ def merge_texts(lists: Location, names: Sequence[str], output: Location) -> int:
     rows = int(first.sum())
     write_json(output, MANIFEST, {"rows": rows})
     return rows
-
-
-def _read(root: Location, name: str, columns: list[str] | None) -> pa.Table:
-    with writing(root.child(name).uri), root.filesystem.open_input_file(root.child(name).path) as source:
-        return pq.ParquetFile(source).read(columns)
 
 
 def _as_keys(digests: pa.ChunkedArray) -> npt.NDArray[np.void]:

@@ -14,11 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from flipkd.data.commit import ShardWriter, write_options
 from flipkd.data.location import Location
-from flipkd.run.manifest import UnitReport, read_reports
+from flipkd.run.manifest import UnitReport, read_output, read_reports
 from flipkd.run.units import WorkUnit
 
 LEFT_ROW = "flipkd_left_row"
@@ -50,7 +49,7 @@ def compare_candidates(candidates: Location, names: Sequence[str], k: int) -> li
 
     Needs about 40 bytes of memory per candidate while it runs.
     """
-    tables = [_read(candidates, name, [LEFT_ROW, SCORE]) for name in names]
+    tables = [read_output(candidates, name, [LEFT_ROW, SCORE]) for name in names]
     if not tables:
         return []
     table = pa.concat_tables(tables)
@@ -87,7 +86,7 @@ class TopKWorker:
     def __call__(self, unit: WorkUnit) -> UnitReport:
         """Runs one unit."""
         task, started = self._task, time.perf_counter()
-        table = _read(task.candidates, unit.output, None).drop_columns([LEFT_ROW, SCORE])
+        table = read_output(task.candidates, unit.output, None).drop_columns([LEFT_ROW, SCORE])
         table = table.take(pa.array(task.keep[unit.output]))
         (seen,) = read_reports(task.candidates, [unit.output])
         report = UnitReport(unit.output, seen.rows_in, table.num_rows, seen.reasons, seen.counts, {"top_k": 0.0})
@@ -96,8 +95,3 @@ class TopKWorker:
             writer.write(table, 1 << 20)
             writer.commit()
         return UnitReport(**{**vars(report), "seconds": {"top_k": time.perf_counter() - started}})
-
-
-def _read(root: Location, name: str, columns: list[str] | None) -> pa.Table:
-    with root.filesystem.open_input_file(root.child(name).path) as source:
-        return pq.ParquetFile(source).read(columns)

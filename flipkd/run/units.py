@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import posixpath
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -86,7 +86,7 @@ def work_name(plan: Plan, run_fingerprint: str) -> str:
     return f"work-{plan_fingerprint(plan, run_fingerprint)[:16]}"
 
 
-def without_failed(plan: Plan, found: Plan, done: set[str]) -> Plan:
+def without_failed(plan: Plan, found: Plan, done: Container[str]) -> Plan:
     """The plan of a job after a stage before it: the units that the stage passed on, and those that are done already.
 
     A unit that failed in the stage, and was skipped, must not be worked on by halves.

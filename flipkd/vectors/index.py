@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from flipkd.errors import ConfigError
+from flipkd.errors import ConfigError, InputError
 from flipkd.kernels.native import native
 from flipkd.vectors import index_reference as reference
 from flipkd.vectors.id_types import check_id_type, plain
@@ -51,6 +51,7 @@ class IdIndex:
     """Answers ids with row numbers.
 
     Args:
+        folder: of the store; for messages.
         kind: one of id_types.KINDS.
         id_type: the records' Arrow type, as text; for messages.
         rows: rows of the store.
@@ -59,6 +60,7 @@ class IdIndex:
         offsets: mapped, uint64 [rows + 1] for kind "bytes", else empty.
     """
 
+    folder: Path
     kind: str
     id_type: str
     rows: int
@@ -71,12 +73,12 @@ class IdIndex:
         """Map the index files of `folder`, whose sizes the caller has checked (see index_files)."""
         if kind == "null":
             nothing = np.empty(0, "<u8")
-            return IdIndex(kind, id_type, rows, np.empty(0, reference.INT_BUCKET), nothing, nothing)
+            return IdIndex(folder, kind, id_type, rows, np.empty(0, reference.INT_BUCKET), nothing, nothing)
         is_bytes = kind == "bytes"
         table = map_file(folder / "slots.bin", reference.BYTES_BUCKET if is_bytes else reference.INT_BUCKET)
         ids = map_file(folder / "ids.bin", "u1" if is_bytes else "<u8")
         offsets = map_file(folder / "offsets.bin", "<u8") if is_bytes else np.empty(0, "<u8")
-        return IdIndex(kind, id_type, rows, table, ids, offsets)
+        return IdIndex(folder, kind, id_type, rows, table, ids, offsets)
 
     def look_up(self, ids: pa.Array | pa.ChunkedArray, threads: int = 1, *, column: str = "id") -> Array:
         """Return the row number of every id.
@@ -93,6 +95,7 @@ class IdIndex:
 
         Raises:
             ConfigError: a type that cannot be an id, or integers against a store of strings or the other way round.
+            InputError: the index is damaged: it answers with a row that is not there.
         """
         kind = check_id_type(ids.type, column)
         if "null" not in (kind, self.kind) and (kind == "bytes") != (self.kind == "bytes"):
@@ -106,6 +109,8 @@ class IdIndex:
         for chunk in chunks:
             self._look_up_into(chunk, out[start : start + len(chunk)], threads)
             start += len(chunk)
+        if len(out) and (out.max() >= self.rows or out.min() < -1):
+            raise InputError(f"the id index of the store {self.folder} is damaged; remove the store and encode again")
         return out
 
     def _look_up_into(self, ids: pa.Array, out: Array, threads: int) -> None:

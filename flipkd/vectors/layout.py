@@ -27,22 +27,33 @@ _COUNTS = ("missing_text", "truncated", "invalid_text", "null_ids", "duplicate_r
 _MOST = 2**48  # rows, bytes: beyond any file
 
 
+class DamagedStoreError(InputError):
+    """A store that is not what was written."""
+
+
 def is_sealed(path: str | Path) -> bool:
     """Whether `path` holds a finished store."""
     return (Path(path) / HEADER_FILE).is_file()
 
 
 def read_header(folder: Path) -> dict[str, Any]:
-    """Read and check store.json. Raises InputError naming it."""
+    """Read and check store.json.
+
+    Raises:
+        DamagedStoreError: names it.
+        InputError: there is none, or one of another format.
+    """
     path = folder / HEADER_FILE
     try:
         header = parse_object(path.read_bytes())
     except FileNotFoundError:
         raise InputError(f"{folder} is not a finished store: it has no {HEADER_FILE}; {AGAIN}") from None
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}); {AGAIN}") from error
-    if header.get("format_version") != FORMAT_VERSION:
-        raise InputError(f"{path} is of another format than {FORMAT_VERSION}, which this flipkd reads; {AGAIN}")
+        raise DamagedStoreError(f"{path} cannot be read ({error}); {AGAIN}") from error
+    version = header.get("format_version")
+    if version != FORMAT_VERSION:
+        kind = InputError if isinstance(version, int) else DamagedStoreError
+        raise kind(f"{path} is of another format than {FORMAT_VERSION}, which this flipkd reads; {AGAIN}")
     try:
         check_fields(header, dtype=str, id_kind=str, id_type=str, fingerprint=str, counts=dict)
         check_fields(header, rows=int, dim=int, id_bytes=int)
@@ -53,8 +64,24 @@ def read_header(folder: Path) -> dict[str, Any]:
         if not all(0 <= header[name] < _MOST for name in ("rows", "dim", "id_bytes")):
             raise ValueError("rows, dim or id_bytes")
     except (ValueError, ConfigError) as error:
-        raise InputError(f"{path} is damaged ({error}); {AGAIN}") from error
+        raise DamagedStoreError(f"{path} is damaged ({error}); {AGAIN}") from error
     return header
+
+
+def check_files(folder: Path, header: dict[str, Any]) -> None:
+    """Look whether the files that a header tells of are there, in their sizes.
+
+    Raises:
+        DamagedStoreError: names the file.
+    """
+    for name, size_bytes in store_files(header).items():
+        try:
+            actual_bytes = (folder / name).stat().st_size
+        except OSError as error:
+            raise DamagedStoreError(f"{folder / name} is missing or unreadable ({error.strerror}); {AGAIN}") from error
+        if actual_bytes != size_bytes:
+            told = f"not the {size_bytes} that {HEADER_FILE} tells of"
+            raise DamagedStoreError(f"{folder / name} has {actual_bytes} bytes, {told}; {AGAIN}")
 
 
 def store_files(header: dict[str, Any]) -> dict[str, int]:

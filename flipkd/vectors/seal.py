@@ -141,7 +141,7 @@ def _reading(part: str | Path) -> Iterator[None]:
     try:
         yield
     except (OSError, pa.ArrowException) as error:
-        raise InputError(f"the part {part} cannot be read ({error}); {layout.AGAIN}") from error
+        raise InputError(f"the part {part} cannot be read ({error}); remove it and {layout.AGAIN}") from error
 
 
 def _write_rows(sealing: Path, plan: _Plan, header: dict[str, Any], batch_rows: int) -> dict[str, Any]:
@@ -197,7 +197,7 @@ def _batches(parts: list[Path], vector_type: pa.DataType, batch_rows: int) -> It
     for part in parts:
         with ExitStack() as stack:
             with _reading(part):
-                file = stack.enter_context(pq.ParquetFile(part, memory_map=True))
+                file = stack.enter_context(pq.ParquetFile(part, memory_map=True, page_checksum_verification=True))
             schema = file.schema_arrow
             for name, wanted in expected.items():
                 if name not in schema.names or schema.field(name).type != wanted:

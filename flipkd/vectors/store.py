@@ -19,18 +19,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flipkd.errors import ConfigError, InputError
+from flipkd.errors import ConfigError
 from flipkd.vectors.index import IdIndex
 from flipkd.vectors.layout import (
-    AGAIN,
-    HEADER_FILE,
     STATUS_INVALID_TEXT,
     STATUS_MISSING_TEXT,
     STATUS_NULL_ID,
     STATUS_TRUNCATED,
+    check_files,
     is_sealed,
     read_header,
-    store_files,
 )
 from flipkd.vectors.mapped import map_file
 from flipkd.vectors.rows import STORAGE, VectorRows
@@ -81,14 +79,7 @@ class VectorStore:
         folder = Path(path)
         header = read_header(folder)
         rows, dim, dtype = header["rows"], header["dim"], header["dtype"]
-        for name, size_bytes in store_files(header).items():
-            try:
-                actual_bytes = (folder / name).stat().st_size
-            except OSError as error:
-                raise InputError(f"{folder / name} is missing or unreadable ({error.strerror}); {AGAIN}") from error
-            if actual_bytes != size_bytes:
-                told = f"not the {size_bytes} that {HEADER_FILE} tells of"
-                raise InputError(f"{folder / name} has {actual_bytes} bytes, {told}; {AGAIN}")
+        check_files(folder, header)
         values = map_file(folder / "vectors.bin", STORAGE[dtype]).reshape(rows, dim)
         status = map_file(folder / "status.bin", np.uint8)
         index = IdIndex.open(folder, header["id_kind"], header["id_type"], rows)

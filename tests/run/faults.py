@@ -1,4 +1,8 @@
-"""`flipkd-batch` with a worker that is slow, or dies: `python -m tests.run.faults DELAY_S DIES_AT score ...`.
+"""`flipkd-batch` with a worker that is slow, or meets a fault: `python -m tests.run.faults DELAY_S FAULT score ...`.
+
+FAULT is empty, or ``KIND:NAME`` or ``KIND:NAME:FLAG``: at the units of a file whose name holds NAME the worker's
+process is killed (``kill``), exits with 0 (``exit``), or takes memory until somebody kills it (``eat``). With FLAG, the
+path of a file that is made then, it happens once.
 
 The fault travels to the workers with the worker itself, so that flipkd needs no switch for it.
 """
@@ -17,19 +21,44 @@ from flipkd.run.manifest import UnitReport
 from flipkd.run.score import ScoreTask, ScoreWorker
 from flipkd.run.units import WorkUnit
 
+# So much is taken before the process waits to be killed: what a killer can see, and no machine minds.
+EATEN_BYTES = 640 << 20
+_BITE_BYTES = 16 << 20
+
 
 class FaultyWorker:
-    """Waits before each unit, and dies at the unit of a file whose name holds ``dies_at``."""
+    """Waits before each unit, and meets its fault."""
 
-    def __init__(self, delay_s: float, dies_at: str, task: ScoreTask, threads: int) -> None:
-        self._delay_s, self._dies_at = delay_s, dies_at
+    def __init__(self, delay_s: float, fault: str, task: ScoreTask, threads: int) -> None:
+        self._delay_s = delay_s
+        self._kind, self._name, self._flag = (*fault.split(":", 2), "", "")[:3]
         self._worker = ScoreWorker(task, threads)
 
     def __call__(self, unit: WorkUnit) -> UnitReport:
         time.sleep(self._delay_s)
-        if self._dies_at and self._dies_at in unit.shard.name:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if self._kind and self._name in unit.shard.name and self._is_time():
+            self._meet()
         return self._worker(unit)
+
+    def _is_time(self) -> bool:
+        if not self._flag:
+            return True
+        try:
+            os.close(os.open(self._flag, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return False
+        return True
+
+    def _meet(self) -> None:
+        if self._kind == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif self._kind == "exit":
+            os._exit(0)
+        eaten = []
+        for _ in range(EATEN_BYTES // _BITE_BYTES):
+            eaten.append(b"\1" * _BITE_BYTES)
+            time.sleep(0.02)
+        signal.pause()
 
 
 if __name__ == "__main__":

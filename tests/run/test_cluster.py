@@ -6,19 +6,14 @@ Clusters are real: three ``ray start`` nodes on this machine, the head without C
 from __future__ import annotations
 
 import json
-import os
-import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -26,97 +21,23 @@ import pytest
 from flipkd.config import EncoderOptions, ScoreConfig
 from flipkd.run.pipeline import score
 from tests.run.conftest import RECORDS, World, record_id
+from tests.run.ray_cluster import ENVIRONMENT, Cluster, free_port, running_cluster, wait_until
 from tests.run.test_kill import contents
 
 MakePairs = Callable[..., Path]
-RAY = [sys.executable, "-m", "ray.scripts.scripts"]
-ROOT = str(Path(__file__).parents[2])
-# Workers import tests.run.faults; the nodes trust only who holds the token, as in cluster.yaml.
-ENVIRONMENT = {
-    **os.environ, "PYTHONPATH": ROOT, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32),
-}  # fmt: skip
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@dataclass
-class Cluster:
-    """Nodes of a Ray cluster on this machine; each is the process group of a ``ray start --block``."""
-
-    address: str
-    folder: Path
-    nodes: list[subprocess.Popen[bytes]]
-
-    def start(self, *options: str) -> subprocess.Popen[bytes]:
-        command = [*RAY, "start", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1", *options]
-        with open(self.folder / f"node-{len(self.nodes)}.log", "wb") as log:
-            node = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=ENVIRONMENT)
-        self.nodes.append(node)
-        return node
-
-    def add_worker(self) -> subprocess.Popen[bytes]:
-        return self.start(f"--address={self.address}", "--num-cpus=1", "--object-store-memory=100000000")
-
-    def processes(self, node: subprocess.Popen[bytes]) -> list[psutil.Process]:
-        """The node's raylet, workers and agents: all that it started."""
-        root = psutil.Process(node.pid)
-        return [root, *root.children(recursive=True)]
-
-    def kill(self, node: subprocess.Popen[bytes]) -> None:
-        """SIGKILL to every process of the node, as when its machine loses power."""
-        for process in self.processes(node):
-            try:
-                process.send_signal(signal.SIGKILL)
-            except psutil.NoSuchProcess:
-                continue
-        node.wait()
 
 
 @pytest.fixture
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    port = free_port()
-    made = Cluster(f"127.0.0.1:{port}", tmp_path_factory.mktemp("cluster"), [])
-    try:
-        made.start(
-            "--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false", "--object-store-memory=100000000"
-        )
-        for count in (1, 2):  # one after the other: nodes on one machine choose their ports as they start
-            made.add_worker()
-            wait_until(lambda count=count: alive_workers(made.address) == count, 120)  # type: ignore[misc]
+    with running_cluster(tmp_path_factory.mktemp("cluster")) as made:
         yield made
-    finally:
-        for node in made.nodes:
-            if node.poll() is None:
-                made.kill(node)
-
-
-def alive_workers(address: str) -> int:
-    code = (
-        "import ray, sys; ray.init(address=sys.argv[1], logging_level='ERROR', log_to_driver=False);"
-        "print(int(ray.cluster_resources().get('CPU', 0)))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, address], capture_output=True, text=True, check=False, env=ENVIRONMENT
-    )
-    return int(done.stdout.strip() or 0) if done.returncode == 0 else 0
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.1)
 
 
 def command(
     world: World, pairs: Path, output: Path, *options: str, delay_s: float = 0.0, dies_at: str = ""
 ) -> list[str]:
     return [
-        sys.executable, "-m", "tests.run.faults", str(delay_s), dies_at,
+        sys.executable, "-m", "tests.run.faults", str(delay_s), f"kill:{dies_at}" if dies_at else "",
         "score", "--pairs", str(pairs), "--output", str(output),
         "--store", world.left_store, "--right-store", world.right_store, "--no-progress", *options,
     ]  # fmt: skip
@@ -153,12 +74,7 @@ def test_a_killed_worker_and_a_killed_driver(
     run = command(world, pairs, output, "--ray", cluster.address, delay_s=0.3)
     process = subprocess.Popen(run, env=ENVIRONMENT)
     wait_until(lambda: len(list(output.glob("*.parquet"))) >= 4, 90)
-    victim, *_ = [
-        process
-        for node in cluster.nodes[1:]
-        for process in cluster.processes(node)
-        if any("MapWorker" in part for part in process.cmdline())
-    ]
+    victim, *_ = cluster.unit_workers()
     victim.send_signal(signal.SIGKILL)
     wait_until(lambda: len(list(output.glob("*.parquet"))) >= 12, 90)
     process.send_signal(signal.SIGKILL)

@@ -155,7 +155,7 @@ class TestLookUp:
         for place in range(length) if length < 256 else (0, length // 2, length - 1):
             ids = np.array(index.ids)
             ids[place] ^= 0x80
-            other = IdIndex("bytes", "string", 1, index.table, ids, index.offsets)
+            other = IdIndex(Path("store"), "bytes", "string", 1, index.table, ids, index.offsets)
             assert other.look_up(pa.array([key])).tolist() == [-1]
 
     def test_a_null_between_equal_keys(self, backend: str, tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ class TestLookUp:
 
     def test_more_than_two_thousand_million_rows_answer_in_int64(self, tmp_path: Path) -> None:
         index, _ = build(tmp_path, "int64", [3, 4])
-        wide = IdIndex("int64", "int64", 2**31, index.table, index.ids, index.offsets)
+        wide = IdIndex(Path("store"), "int64", "int64", 2**31, index.table, index.ids, index.offsets)
         found = wide.look_up(pa.array([4, 5]))
         assert found.dtype == np.int64
         assert found.tolist() == [1, -1]
@@ -199,7 +199,7 @@ class TestLookUp:
         table = np.array(index.table)
         table["row"][:] = 1
         table["key"][:] = 77
-        full = IdIndex("int64", "int64", 2, table, index.ids, index.offsets)
+        full = IdIndex(Path("store"), "int64", "int64", 2, table, index.ids, index.offsets)
         assert full.look_up(pa.array([5])).tolist() == [-1]
 
 
