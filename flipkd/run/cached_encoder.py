@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from flipkd.config import EncoderOptions, VectorDtype
+from flipkd.config import EncodeConfig, EncoderOptions, VectorDtype
 from flipkd.data.location import open_location
 from flipkd.errors import ConfigError
 from flipkd.vectors.cache import CACHE_FOLDER, TextCache, open_cache
@@ -127,6 +127,11 @@ def text_cache(folder: str, encoder: str, dtype: VectorDtype) -> TextCache:
         OutputError: it cannot be written.
     """
     return open_cache(cache_root(folder), encoder, dtype)
+
+
+def text_cache_of(config: EncodeConfig, encoder: str) -> TextCache | None:
+    """The cache that a configuration names, or None; see ``text_cache``."""
+    return None if config.cache is None else text_cache(config.cache, encoder, config.dtype)
 
 
 def cache_root(folder: str) -> Path:

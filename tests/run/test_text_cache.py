@@ -216,16 +216,16 @@ def command(task: EncodeConfig, output: Path, *options: str) -> list[str]:
 ENCODE = """
 import os, signal, sys
 from flipkd.config import EncodeConfig, EncoderOptions
-from flipkd.run import encode
+from flipkd.run import encode, encode_unit
 encoder, records, output, cache, units = sys.argv[1:]
-original = encode.EncodeWorker.__call__
+original = encode_unit.EncodeWorker.__call__
 done = []
 def call(self, unit):
     if len(done) == int(units):
         os.kill(os.getpid(), signal.SIGKILL)
     done.append(unit)
     return original(self, unit)
-encode.EncodeWorker.__call__ = call
+encode_unit.EncodeWorker.__call__ = call
 encode.encode(EncodeConfig(EncoderOptions(encoder), records, output, cache=cache, rows_per_unit=15))
 """
 
