@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from tests.privacy.canary import ID_WORD, TEXT, World, files, leaks, words_in, write
-from tests.run.test_cluster import RAY, ROOT, free_port, wait_until
+from tests.run.ray_cluster import RAY, ROOT, free_port, wait_until
 
 pytestmark = pytest.mark.slow
 
