@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from flipkd.errors import ConfigError
+from flipkd.errors import ConfigError, InputError
 
 # Native pyarrow filesystems; every other scheme goes through fsspec.
 _ARROW_SCHEMES = ("file", "s3", "gs", "gcs", "hdfs")
@@ -49,6 +49,7 @@ def open_location(uri: str | os.PathLike[str]) -> Location:
 
     Raises:
         ConfigError: the scheme is not known, or its fsspec package is not installed.
+        InputError: the place cannot be reached.
     """
     text = os.fspath(uri)
     scheme = text.split("://", 1)[0].lower() if "://" in text else ""
@@ -65,6 +66,8 @@ def open_location(uri: str | os.PathLike[str]) -> Location:
         return Location(text, path, pafs.PyFileSystem(pafs.FSSpecHandler(remote)))
     except (ValueError, ImportError, pa.ArrowException) as error:
         raise ConfigError(f"cannot open the location {text!r}: {error}") from error
+    except OSError as error:  # S3 asks the network where a bucket is
+        raise InputError(f"cannot open the location {text!r}: {reason(error)}") from error
 
 
 def reason(error: BaseException) -> str:

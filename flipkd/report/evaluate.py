@@ -28,6 +28,7 @@ from flipkd.report.sample import STRATUM, draw_sample, is_sample, random_numbers
 from flipkd.report.scan import RowCounts, count_rows, scores_identity
 from flipkd.report.slices import slice_rows
 from flipkd.report.thresholds import ThresholdChoice, add_run_counts
+from flipkd.report.timeline import job_spans
 from flipkd.run.manifest import MANIFEST, versions
 from flipkd.run.output import refuse_overlap
 from flipkd.run.progress import progress_bar
@@ -64,7 +65,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     manifest = read_json(scores, MANIFEST) or {}
     facts, calibration, fitted = _facts(config, read, manifest)
     facts["fingerprint"] = run
-    report = document(facts, _pictures(facts, read.pairs, fitted), _examples(config, read))
+    report = document(facts, _pictures(facts, read.pairs, fitted, manifest), _examples(config, read))
 
     def write(folder: Path) -> None:
         (folder / METRICS_FILE).write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n")
@@ -221,7 +222,9 @@ def _warnings(facts: Mapping[str, Any], manifest: Mapping[str, Any], fitted: Fit
     return found
 
 
-def _pictures(facts: Mapping[str, Any], pairs: LabelledPairs, fitted: Fitted | None) -> list[tuple[str, str]]:
+def _pictures(
+    facts: Mapping[str, Any], pairs: LabelledPairs, fitted: Fitted | None, manifest: Mapping[str, Any]
+) -> list[tuple[str, str]]:
     from flipkd.report import pictures
 
     metrics = facts["metrics"]
@@ -235,6 +238,8 @@ def _pictures(facts: Mapping[str, Any], pairs: LabelledPairs, fitted: Fitted | N
     if fitted is not None:
         rows = facts["calibration"]["held_out_reliability"]
         found.append((pictures.reliability_diagram(rows), "Probability said and matches seen, on held-out pairs."))
+    if "wall_seconds" in manifest:
+        found.append((pictures.time_line(job_spans(manifest)), "Where the time went when these scores were made."))
     return found
 
 

@@ -113,6 +113,11 @@ def summary(curve: Curve) -> dict[str, float]:
     return found
 
 
+def figure_names() -> list[str]:
+    """Names of all figures that ``summary`` gives."""
+    return list(summary(Ranked([1.0, 0.0], np.array([True, False])).curve(np.ones(2))))
+
+
 def curve_points(curve: Curve) -> dict[str, float]:
     """Precision at the highest threshold that reaches each recall of ``CURVE_RECALLS``, by name."""
     places = np.minimum(np.searchsorted(curve.recall, np.array(CURVE_RECALLS) - 1e-12), len(curve.recall) - 1)

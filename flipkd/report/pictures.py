@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from flipkd.report.pairs import LabelledPairs
+from flipkd.report.timeline import Span
 
 # Stand for the page's own colours, which change with its scheme; matplotlib writes them, and they are replaced.
 _COLORS = {"#010101": "var(--text)", "#020202": "var(--match)", "#030303": "var(--other)", "#040404": "var(--grid)"}
@@ -71,7 +72,54 @@ def reliability_diagram(rows: Sequence[dict[str, float]]) -> str:
     return _svg(draw, "reliability", "Reliability")
 
 
-def _svg(draw: Callable[[Any], None], name: str, title: str) -> str:
+def two_histograms(
+    edges: Sequence[float], heights: Mapping[str, Sequence[float]], column: str, threshold: float | None
+) -> str:
+    """Shares per step of one column, one outline over the other.
+
+    Args:
+        edges: [B + 1].
+        heights: by name, [B] shares; one or two of them.
+        column: of the scores: ``score`` or ``probability``.
+        threshold: to be marked.
+    """
+
+    def draw(axes: Any) -> None:
+        seen = [place for shares in heights.values() for place, height in enumerate(shares) if height > 0]
+        for (name, shares), color, fill in zip(heights.items(), (_MATCH, _OTHER), (True, False), strict=False):
+            if fill:
+                axes.stairs(shares, edges, fill=True, color=color, alpha=0.35)
+            axes.stairs(shares, edges, color=color, linewidth=1.5, label=name)
+        if threshold is not None:
+            axes.axvline(threshold, color=_TEXT, linewidth=1, linestyle="--", label="threshold")
+        if seen:
+            axes.set_xlim(edges[min(seen)], edges[max(seen) + 1])
+        axes.set(xlabel=column, ylabel="share of the pairs")
+        axes.legend(frameon=False, labelcolor=_TEXT)
+
+    return _svg(draw, f"nights-{column}", f"Distribution of the {column}")
+
+
+def time_line(spans: Sequence[Span]) -> str:
+    """A bar per stage, from where the one before it ended, with its seconds."""
+
+    def draw(axes: Any) -> None:
+        starts = np.cumsum([0.0, *(span.seconds for span in spans)])
+        axes.barh(range(len(spans)), [span.seconds for span in spans], left=starts[:-1], height=0.6, color=_MATCH)
+        names = [f"{span.name}, {_duration(span.seconds)}" for span in spans]
+        axes.set(yticks=range(len(spans)), yticklabels=names, xlabel="seconds")
+        axes.set(xlim=(0, float(starts[-1]) or 1.0), ylim=(len(spans) - 0.4, -0.6))
+
+    return _svg(draw, "time-line", "Seconds of each stage", height=1.0 + 0.34 * max(len(spans), 2))
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _svg(draw: Callable[[Any], None], name: str, title: str, height: float = 3.3) -> str:
     """One picture; the same bytes for the same data."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -80,7 +128,7 @@ def _svg(draw: Callable[[Any], None], name: str, title: str) -> str:
     # As text and not as outlines: smaller, and it can be searched. Ids must not clash with the other pictures'.
     settings = {"svg.fonttype": "none", "svg.hashsalt": f"flipkd {name}", "font.size": 11}
     with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(4.6, 3.3), layout="constrained", facecolor="none")
+        figure = Figure(figsize=(4.6, height), layout="constrained", facecolor="none")
         FigureCanvasSVG(figure)
         axes = figure.subplots()
         axes.set_facecolor("none")

@@ -47,9 +47,36 @@ class ScoreCounts:
         """Number of scores."""
         return int(self._cells.sum())
 
+    def add_counts(self, other: ScoreCounts) -> None:
+        """Counts what another has counted too."""
+        self._cells += other._cells
+        self.smallest, self.largest = min(self.smallest, other.smallest), max(self.largest, other.largest)
+
     def at_least(self, threshold: float) -> int:
         """Scores of at least ``threshold``; those within 0.05 % of it are counted too."""
         return int(self._cells[_cell(np.array([threshold], np.float32))[0] :].sum())
+
+    def between(self, edges: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """[E + 1] scores below the first of E rising edges, from each edge to the next, and from the last one on.
+
+        An edge counts as the largest cell edge that is not above it: exact for those of ``equal_shares``.
+        """
+        bounds = _cell(np.asarray(edges, np.float32))
+        sums = np.concatenate([[0], np.cumsum(self._cells)])[np.concatenate([[0], bounds, [len(self._cells)]])]
+        found: npt.NDArray[np.int64] = np.diff(sums)
+        return found
+
+    def equal_shares(self, steps: int) -> npt.NDArray[np.float32]:
+        """[E] rising edges between about ``steps`` steps of equal share; a score of more than that share has its own.
+
+        Without any score there is no edge.
+        """
+        total = self.total
+        if not total:
+            return np.empty(0, np.float32)
+        places = np.searchsorted(np.cumsum(self._cells), total * np.arange(1, steps) / steps) + 1
+        heavy = np.flatnonzero(self._cells * steps >= total)
+        return _lowest(np.unique(np.concatenate([places, heavy, heavy + 1])))
 
 
 def _cell(scores: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
@@ -57,6 +84,12 @@ def _cell(scores: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
     bits = (scores + np.float32(0)).view(np.uint32)  # -0.0 becomes 0.0
     ordered = np.where(bits & _SIGN, ~bits, bits | _SIGN)
     return (ordered >> np.uint32(_CELL_SHIFT)).astype(np.int64)
+
+
+def _lowest(cells: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    """[N] float32, the lowest score of each cell."""
+    ordered = cells.astype(np.uint32) << np.uint32(_CELL_SHIFT)
+    return np.where(ordered & _SIGN, ordered ^ _SIGN, ~ordered).astype(np.uint32).view(np.float32)
 
 
 @dataclass

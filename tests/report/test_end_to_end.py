@@ -116,8 +116,8 @@ def test_a_browser_lays_the_report_out(halves: Path, tmp_path: Path, width: int)
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     measured = json.loads(done.stdout.split("<title>")[1].split("</title>")[0].replace("&quot;", '"'))
     assert measured["wide"] <= width
-    assert len(measured["pictures"]) == 3
-    assert all(wide > 280 and 180 < high < 500 for wide, high in measured["pictures"])
+    assert len(measured["pictures"]) == 4  # the last one is the time line: a bar a stage
+    assert all(wide > 280 and 100 < high < 500 for wide, high in measured["pictures"])
     assert measured["smallest"] >= 8
     assert measured["height"] > 1_000
     assert "http" not in page.replace("http://www.w3.org/", "").replace("http-equiv", "")

@@ -1,0 +1,156 @@
+"""The stages of a night, each a job of its own that goes on where it was; and a journal of what they said."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from flipkd.config import EncodeConfig, ScoreConfig
+from flipkd.data.commit import read_json, write_json
+from flipkd.data.location import open_location
+from flipkd.errors import OutputError
+from flipkd.nightly.config import NightConfig
+from flipkd.nightly.folders import STORES
+from flipkd.report.config import EvaluateConfig
+from flipkd.report.evaluate import evaluate
+from flipkd.report.timeline import Span, job_spans
+from flipkd.run.encode import encode
+from flipkd.run.pipeline import score, summary
+
+logger = logging.getLogger(__name__)
+
+JOURNAL = "_stages.json"
+
+
+class Journal:
+    """What finished stages said, in the night's folder: a rerun finds nothing to do and could not say it again.
+
+    Args:
+        folder: of the night.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._root = open_location(folder)
+        found = read_json(self._root, JOURNAL) or {}
+        self.starts = found.get("starts", 0) + 1
+        self._stages: dict[str, dict[str, Any]] = found.get("stages", {})
+        self._order: list[str] = []
+        self._write()
+
+    def run(self, name: str, stage: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        """Runs a stage and returns what it said when it did the work."""
+        logger.info("night: %s", name)
+        started = time.perf_counter()
+        said = dict(stage())
+        said.setdefault("wall_seconds", round(time.perf_counter() - started, 3))
+        before = self._stages.get(name)
+        if before is None or not _is_repeated(said, before):
+            self._stages[name] = said
+        self._order.append(name)
+        self._write()
+        return self._stages[name]
+
+    def spans(self) -> list[Span]:
+        """The time line of the stages that have run."""
+        return [span for name in self._order for span in job_spans(self._stages[name], name)]
+
+    def _write(self) -> None:
+        write_json(self._root, JOURNAL, {"format": 1, "starts": self.starts, "stages": self._stages})
+
+
+def _is_repeated(said: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
+    """Whether a stage that was finished before has found nothing to do."""
+    if "fingerprint" in said:
+        return bool(said["fingerprint"] == before.get("fingerprint"))
+    return bool(said.get("units_resumed", -1) == said.get("units") or said["wall_seconds"] == before["wall_seconds"])
+
+
+def run_stages(config: NightConfig, folder: Path, journal: Journal) -> dict[str, dict[str, Any]]:
+    """Encodes, scores, rescores and evaluates, as far as the night asks for it.
+
+    Returns:
+        What each stage said: ``encode left``, ``encode right``, ``score``, ``rescore``, ``evaluate``.
+
+    Raises:
+        FlipkdError: see ``flipkd.errors``; what was finished stays, and the same call goes on from there.
+    """
+    _refuse_leftovers(config, folder)
+    said: dict[str, dict[str, Any]] = {}
+    score_config, encodes = store_stages(config.score, folder / STORES)
+    for side, one in encodes.items():
+        name = f"encode {side}"
+        said[name] = journal.run(name, partial(_kept, partial(encode, one)))
+    said["score"] = journal.run("score", partial(_kept, partial(score, score_config)))
+    if config.rescore is not None:
+        from flipkd.run.rescore import rescore
+
+        said["rescore"] = journal.run("rescore", partial(_kept, partial(rescore, config.rescore)))
+    if config.evaluate is not None:
+        said["evaluate"] = journal.run("evaluate", partial(_kept_metrics, config.evaluate))
+    return said
+
+
+def store_stages(config: ScoreConfig, stores: Path) -> tuple[ScoreConfig, dict[str, EncodeConfig]]:
+    """Splits scoring over record tables in two: encoding them into stores of the night, and scoring with these.
+
+    ``score`` alone would keep a store of every night in the cache. Without record tables there is nothing to split.
+    """
+    if config.records is None or config.encoder is None:
+        return config, {}
+    encodes = {}
+    for side, records in (("left", config.records), ("right", config.right_records)):
+        if records is not None:
+            encodes[side] = EncodeConfig(
+                encoder=config.encoder,
+                records=records,
+                output=str(stores / side),
+                id_column=config.id_column,
+                text_column=config.text_column,
+                template=config.template,
+                dtype=config.dtype,
+                cache=config.cache,
+                cache_limit_bytes=config.cache_limit_bytes,
+                run=config.run,
+            )
+    split = replace(
+        config,
+        store=encodes["left"].output,
+        right_store=encodes["right"].output if "right" in encodes else None,
+        encoder=None,
+        records=None,
+        right_records=None,
+        cache=None,
+        cache_limit_bytes=None,
+    )
+    return split, encodes
+
+
+def _refuse_leftovers(config: NightConfig, folder: Path) -> None:
+    for name, section in (("rescored", config.rescore), ("evaluation", config.evaluate)):
+        if section is None and (folder / name).exists():
+            raise OutputError(
+                f"{folder} was begun with a stage that the YAML file has no more, and holds {name}; put the section "
+                "back, or pass --overwrite to run the night again from its beginning"
+            )
+
+
+def _kept(job: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    """Runs a job; what the night keeps of its manifest."""
+    manifest = job()
+    names = ("kind", "stages", "units_resumed", "skipped_shards", "skipped_units", "threshold", "encoder_fingerprint")
+    kept = summary(dict(manifest)) | {key: manifest[key] for key in names if key in manifest}
+    # Names of files stay in the job's own manifest.
+    kept["skipped_files"] = len(kept.pop("skipped_shards", [])) + len(kept.pop("skipped_units", []))
+    return kept
+
+
+def _kept_metrics(config: EvaluateConfig) -> dict[str, Any]:
+    """Evaluates; what the night keeps of ``metrics.json``."""
+    facts = evaluate(config)
+    names = ("fingerprint", "labelled", "labels", "metrics", "recall_ceiling", "warnings", "weighted")
+    return {"kind": "evaluate", **{key: facts[key] for key in names}}

@@ -1,0 +1,83 @@
+"""One night, from one YAML file: encode what changed, score, ask an LLM, evaluate, compare with the last night.
+
+Input: what ``flipkd-batch score`` reads (``nightly.yaml`` beside this file is a commented example).
+Output: OUTPUT/2026-11-25/ with ``scores/`` (and ``rescored/``), Parquet as ``score`` writes it: ``score`` (float32,
+cosine of the two vectors, -1 to 1; null with a ``reason``), ``truncated``; ``evaluation/``; and ``report/`` with
+``night.json`` and ``night.html``: gates, distributions, counts per reason, a time line; no text or id of a record.
+
+    python jobs/nightly.py nightly.yaml --date 2026-11-25
+    ray job submit --working-dir jobs -- python nightly.py /shared/nightly.yaml --date 2026-11-25 --ray auto
+
+The date says which night it is, in UTC; nothing looks at a clock to choose a folder. Run again, a night that was broken
+off goes on, and a finished one does nothing and ends with the same exit code.
+
+Exit codes: 0 released; 3 a gate tripped, and the night lies in OUTPUT/_held/ with its report; 1 failed; 2 wrong usage.
+A consumer reads OUTPUT/current.json, which names the newest released night, or OUTPUT/2026-11-25/, which is there only
+once all gates have passed. ``--accept REASON`` releases a held night.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import click
+
+from flipkd.cli.options import set_up_logging
+from flipkd.errors import ConfigError, FlipkdError
+from flipkd.nightly.config import read_config
+from flipkd.nightly.folders import NIGHT_PAGE, REPORT
+from flipkd.nightly.night import Night, accept_night, run_night
+
+
+@click.command(help=__doc__.split("\n\n")[0], context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("config")
+@click.option("--date", required=True, metavar="YYYY-MM-DD", help="Which night: {date} in the YAML file, in UTC.")
+@click.option("--ray", metavar="ADDRESS", help="local, auto or an address; in place of `run: ray` of the YAML file.")
+@click.option("--accept", metavar="REASON", help="Release a night that a gate holds back; the reason is kept with it.")
+@click.option("--overwrite", is_flag=True, help="Remove what there is of this night, and run it from its beginning.")
+@click.option("--progress/--no-progress", default=True, help="Show progress on stderr.")
+@click.option("--json", "as_json", is_flag=True, help="Print the gates as JSON.")
+@click.option("--log-level", default="warning", show_default=True, help="debug, info, warning or error.")
+def nightly(
+    config: str,
+    date: str,
+    ray: str | None,
+    accept: str | None,
+    overwrite: bool,
+    progress: bool,
+    as_json: bool,
+    log_level: str,
+) -> None:
+    set_up_logging(log_level)
+    try:
+        if accept is not None and overwrite:
+            raise ConfigError("--accept releases a night as it is, and --overwrite removes it; give one of them")
+        night_config = read_config(config, date, ray=ray, progress=progress)
+        if accept is not None:
+            night = accept_night(night_config, accept)
+        else:
+            night = run_night(night_config, overwrite=overwrite)
+    except FlipkdError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(error.exit_code)
+    _print(night, as_json)
+    sys.exit(night.exit_code)
+
+
+def _print(night: Night, as_json: bool) -> None:
+    gates, page = night.facts["gates"], str(night.folder / REPORT / NIGHT_PAGE)
+    if as_json:
+        told = {"date": night.facts["date"], "released": night.released, "current": night.current, "report": page}
+        click.echo(json.dumps({**told, "gates": gates}, sort_keys=True))
+        return
+    state = "released" if night.released else "held back"
+    click.echo(f"night {night.facts['date']}: {state}; {night.facts['pairs']['rows_in']} pairs; report in {page}")
+    for gate in gates:
+        if gate["verdict"] == "tripped":
+            value = "cannot be measured" if gate["value"] is None else f"{gate['value']:.6g}"
+            click.echo(f"gate {gate['name']}: {value}, limit {gate['limit']}", err=True)
+
+
+if __name__ == "__main__":
+    nightly()
