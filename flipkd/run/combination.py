@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
+from flipkd.data.columns import as_numbers
 from flipkd.data.commit import write_json
 from flipkd.data.json_files import parse_object
 from flipkd.data.labels import read_labels
@@ -120,11 +120,6 @@ def read_combination(path: str) -> Combination:
             f"--combine {path}: expected a combination.json that rescore --fit-labels wrote ({type(error).__name__})"
         ) from None  # it may quote the file
     return Combination(*numbers)
-
-
-def as_numbers(column: pa.ChunkedArray) -> npt.NDArray[np.float64]:
-    """A numeric column as float64 [N], NaN where it is null."""
-    return np.asarray(column.cast(pa.float64()).to_numpy(), dtype=np.float64)
 
 
 def _log_odds(answers: Numbers) -> npt.NDArray[np.float64]:

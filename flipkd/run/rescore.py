@@ -18,13 +18,14 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from flipkd.data.columns import as_numbers
 from flipkd.data.location import Location
 from flipkd.data.pairs import NOT_SCORED, NOT_SELECTED, distinct_texts, first_reasons, text_reasons
 from flipkd.data.record_texts import RecordTexts, read_record_texts
 from flipkd.data.shards import ShardReader
 from flipkd.models.llm import LlmAnswers, PairLlm, load_llm
 from flipkd.models.llm_options import LlmOptions
-from flipkd.run.combination import Combination, as_numbers, fit_from_output, write_combination
+from flipkd.run.combination import Combination, fit_from_output, write_combination
 from flipkd.run.job import Job, available_cores, run_job
 from flipkd.run.join import RecordTable, texts_of_ids
 from flipkd.run.manifest import UnitReport

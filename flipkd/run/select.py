@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from flipkd.data.columns import as_numbers
 from flipkd.data.location import Location
 from flipkd.data.shards import ShardReader
 from flipkd.errors import InputError
-from flipkd.run.combination import as_numbers
 from flipkd.run.units import WorkUnit
 
 _BATCH_ROWS = 1 << 20
