@@ -137,7 +137,7 @@ class Trial:
         self._work = work / f"{dataset}-seed-{seed}-steps-{steps}"
         splits = DATASETS[dataset]()
         count = settings.pairs
-        self._splits = splits if count is None else PairSplits(*(_some(each, count) for each in _each(splits)))
+        self._splits = splits if count is None else PairSplits(*(some_pairs(each, count) for each in _each(splits)))
         self._run = RunOptions(progress=True)
 
     def row(self, method: str) -> dict[str, Any]:
@@ -224,7 +224,7 @@ def _each(splits: PairSplits) -> tuple[PairSet, PairSet, PairSet]:
     return splits.train, splits.validation, splits.test
 
 
-def _some(pairs: PairSet, count: int) -> PairSet:
+def some_pairs(pairs: PairSet, count: int) -> PairSet:
     """Some pairs of both classes, whatever their order."""
     return pairs.take(np.random.default_rng(0).permutation(len(pairs))[:count])
 
@@ -282,8 +282,8 @@ def main() -> None:
     """Compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two steps on few pairs, in a folder that is deleted")
-    parser.add_argument("--datasets", type=_names(DATASETS), help="default: all; icd9 with --quick")
-    parser.add_argument("--methods", type=_names(METHODS), default=list(METHODS))
+    parser.add_argument("--datasets", type=names_of(DATASETS), help="default: all; icd9 with --quick")
+    parser.add_argument("--methods", type=names_of(METHODS), default=list(METHODS))
     parser.add_argument("--steps", type=int, default=Settings.steps, help="of every student")
     parser.add_argument("--dtype", choices=("float32", "bf16"), default=Settings.dtype, help="of the students' blocks")
     parser.add_argument("--seed", type=int, default=0)
@@ -308,7 +308,7 @@ def main() -> None:
     report("quality", results.rows, ratios(results.rows), correct)
 
 
-def _names(known: Iterable[str]) -> Callable[[str], list[str]]:
+def names_of(known: Iterable[str]) -> Callable[[str], list[str]]:
     def parse(value: str) -> list[str]:
         names = value.split(",")
         unknown = [name for name in names if name not in known]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flipkd.errors import ConfigError, ModelError
 from flipkd.models.folder import files_fingerprint, find_folder
-from flipkd.models.options import StudentOptions
+from flipkd.models.options import StudentOptions, saved_options
 from flipkd.models.packed import ATTENTION, register
 from flipkd.models.student import Student, cut_config
 
@@ -117,7 +117,7 @@ def _read_adapter(path: Path, base: str | None) -> tuple[StudentOptions, int, di
 
     try:
         facts = json.loads((path / STUDENT_FILE).read_text())
-        values = {**facts["options"], "target_modules": tuple(facts["options"]["target_modules"])}
+        values = saved_options(facts)
         options = StudentOptions(**{**values, "folder": base or values["folder"]})
         weights = load_file(path / WEIGHTS_FILE)
         wanted, layer = facts["base_fingerprint"], int(facts["layer"])
