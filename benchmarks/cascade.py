@@ -81,6 +81,7 @@ class Settings:
         learning_rate: highest.
         teacher_steps: of the fine-tuned encoder, 64 pairs each.
         dtype: of the LLM, in training and in answering.
+        validation_pairs, test_pairs: at most, chosen at random: the LLM reads every one.
         pairs: of each split, at most.
         groups: left records whose candidates show what sharing saves.
         rounds: of that comparison.
@@ -92,6 +93,8 @@ class Settings:
     learning_rate: float = 1e-3
     teacher_steps: int = 400
     dtype: str = "bf16"
+    validation_pairs: int = 1000
+    test_pairs: int = 3000
     pairs: int | None = None
     groups: int = 16
     rounds: int = 3
@@ -117,8 +120,10 @@ class Trial:
         splits = DATASETS[dataset]()
         for name in ("train", "validation", "test"):
             pairs = getattr(splits, name)
-            if settings.pairs is not None and len(pairs) > settings.pairs:
-                pairs = some_pairs(pairs, settings.pairs)
+            limits = [settings.pairs, getattr(settings, f"{name}_pairs", None)]
+            most = min(limit for limit in (*limits, len(pairs)) if limit is not None)
+            if len(pairs) > most:
+                pairs = some_pairs(pairs, most)
             write_pairs(pairs, self._pairs(name) / "part-0.parquet")
 
     def rows(self, encoder: str) -> list[dict[str, Any]]:
@@ -214,7 +219,7 @@ class Trial:
             seconds = sum(part["wall_seconds"] for part in parts)
         return scores, seconds
 
-    def _rescore(self, folder: Path, scores: Path, budget: str, **how: str) -> tuple[Path, int, float]:
+    def _rescore(self, folder: Path, scores: Path, budget: str, **how: Any) -> tuple[Path, int, float]:
         """The output, pairs that were asked, and the seconds that it took when it was made."""
         output = folder / f"rescored-{scores.name}-{budget.rstrip('%')}"
         note = output / "seconds.json"
