@@ -41,7 +41,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.common import interleave, machine, report, versions
-from benchmarks.quality import DATASETS, names_of, some_pairs
+from benchmarks.quality import names_of
+from benchmarks.quality_sets import DATASETS
+from benchmarks.quality_trial import some_pairs
 from flipkd.assets import icd9_descriptions, minilm_folder, smollm2_folder
 from flipkd.config import EncoderOptions, RunOptions, ScoreConfig
 from flipkd.data.calibration import Sigmoid, as_json, probabilities
@@ -117,7 +119,7 @@ class Trial:
         self._dataset, self._settings = dataset, settings
         self._work = work / f"{dataset}-{settings.pairs or 'all'}-pairs-{settings.steps}-steps"
         self._run = RunOptions(threads=threads, progress=True)
-        splits = DATASETS[dataset]()
+        splits = DATASETS[dataset].splits()
         for name in ("train", "validation", "test"):
             pairs = getattr(splits, name)
             limits = [settings.pairs, getattr(settings, f"{name}_pairs", None)]
@@ -367,7 +369,7 @@ def main() -> None:
     """Compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two steps on few pairs, in a folder that is deleted")
-    parser.add_argument("--datasets", type=names_of(DATASETS), help="default: all; sec_names with --quick")
+    parser.add_argument("--datasets", type=names_of(DATASETS), help="default: icd9,sec_names; sec_names with --quick")
     parser.add_argument("--encoders", type=names_of(ENCODERS), default=["minilm"])
     parser.add_argument("--steps", type=int, default=Settings.steps, help="of the LLM's training")
     parser.add_argument("--pairs", type=int, help="of each split, at most; default: all")
@@ -376,7 +378,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=_RESULTS, help="file of the rows")
     parser.add_argument("--picture", type=Path, help="an SVG of F1 over the share")
     arguments = parser.parse_args()
-    datasets = arguments.datasets or (["sec_names"] if arguments.quick else list(DATASETS))
+    datasets = arguments.datasets or (["sec_names"] if arguments.quick else ["icd9", "sec_names"])
     settings = QUICK if arguments.quick else Settings(steps=arguments.steps, pairs=arguments.pairs)
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch) if arguments.quick else arguments.work.resolve()

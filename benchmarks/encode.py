@@ -185,7 +185,7 @@ def measure(
 
 def quality_by_dtype(work: Path) -> tuple[list[dict[str, Any]], float]:
     """F1 of trained encoders in each arithmetic, and the most points that int8 loses against bf16."""
-    from benchmarks.quality import DATASETS
+    from benchmarks.quality_sets import DATASETS
     from flipkd.demo.evaluation import quality
     from flipkd.models.encoder import load_encoder
     from flipkd.models.export import export
@@ -193,7 +193,7 @@ def quality_by_dtype(work: Path) -> tuple[list[dict[str, Any]], float]:
     rows: list[dict[str, Any]] = []
     lost = []
     for trial in sorted(work.glob("*-seed-*")):
-        splits = DATASETS[trial.name.partition("-seed-")[0]]()
+        splits = DATASETS[trial.name.partition("-seed-")[0]].splits()
         with tempfile.TemporaryDirectory() as folder:
             export(str(trial / "runs" / "flip"), f"{folder}/student")
             for name, path in (("teacher", trial / "teacher"), ("flip", Path(folder) / "student")):

@@ -3,24 +3,27 @@
     python -m benchmarks.quality [--quick] [--datasets icd9,sec_names] [--methods flip,cosent] [--steps N] [--seed N]
                                  [--work FOLDER] [--results FILE]
 
-Data sets (``flipkd.demo.pair_sets``, ``flipkd.demo.names``): long and short descriptions of ICD-9-CM codes, split by
-category; company names of two lists, split by company. The split is the same for every seed.
+The data sets stand in ``benchmarks.quality_sets``. The split is the same for every seed.
 
 - *token_set_ratio*: rapidfuzz, no model.
 - *minilm*: all-MiniLM-L6-v2 as it is.
 - *teacher*: the same, fine-tuned on the training pairs by sentence-transformers' trainer.
 - *untrained*: SmolLM2's lower blocks and A where every student starts: the whitening of training texts.
-- *cosent*: the student, trained on labels alone.
+- *lm*: all of SmolLM2, its LoRA trained on the language model's loss alone; its answer is the score.
+- *cosent*, *margin_mse*, *kl*: the student, trained on labels alone, or by a plain distillation loss.
 - *flip*: the student, trained by flipped distillation from the teacher's scores and vectors, and the labels.
-- *flip_without_mcl*, *flip_without_dist*: the same without one part of the loss.
+- *flip_without_mcl*, *_dist*, *_filter*: the same without one part of the loss.
+- *flip_unlabelled*: flip, with as many unlabelled pairs beside the labelled ones in every batch.
+- *flip_lm*: flip with the language model's loss (all blocks are trained); *flip_decoder*: the answer of that run.
 
 SmolLM2's weights are dequantised 4-bit weights. All students have the same base, options, batches, steps and learning
 rate (the trainer's defaults, which were chosen for flip), and each keeps its checkpoint with the best validation AUC.
 
-A row is ``dataset, method, split, seed, f1, auc, ap, seconds, steps``: F1 on the test pairs at the threshold that is
-best on the validation pairs, area under the ROC curve, average precision; seconds of training plus scoring the test
-pairs. Each row is written as soon as it is there, and one that is there is not computed again. Ratios (above 1: flip is
-better) are of means over data sets and seeds.
+A row is ``dataset, method, split, seed, f1, auc, ap, seconds, steps, texts_per_second, parameters``: F1 on the test
+pairs at the threshold that is best on the validation pairs, area under the ROC curve, average precision; seconds of
+training plus scoring the test pairs; distinct texts of the test pairs over the seconds of scoring them; parameters that
+are run for a text (a decoder's answer: for a pair), embeddings not counted. Each row is written as soon as it is there,
+and one that is there is not computed again. Ratios (above 1: flip is better) are of means over data sets and seeds.
 """
 
 from __future__ import annotations
@@ -30,60 +33,19 @@ import json
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from filelock import FileLock, Timeout
 
 from benchmarks.common import machine, report, versions
-from flipkd import teach
-from flipkd.assets import minilm_folder, smollm2_folder
-from flipkd.config import EncoderOptions, RunOptions, TeachConfig
-from flipkd.demo.evaluation import quality, string_similarity
-from flipkd.demo.names import sec_name_pairs
-from flipkd.demo.pair_sets import PairSet, PairSplits, icd9_pairs, write_pairs
-from flipkd.demo.teacher import FineTuning, fine_tune_teacher
-from flipkd.distill.config import LossOptions, TrainConfig
-from flipkd.models.options import StudentOptions
+from benchmarks.quality_sets import DATASETS
+from benchmarks.quality_trial import METHODS, Settings, Trial
 
-Encode = Callable[[list[str]], npt.NDArray[Any]]
-
-DATASETS: dict[str, Callable[[], PairSplits]] = {"icd9": icd9_pairs, "sec_names": sec_name_pairs}
-LOSSES = {
-    "cosent": LossOptions(objective="cosent"),
-    "flip": LossOptions(),
-    "flip_without_mcl": LossOptions(weight_mcl=0.0),
-    "flip_without_dist": LossOptions(weight_pairs=0.0, weight_matrix=0.0),
-}
-METHODS = ("token_set_ratio", "minilm", "teacher", "untrained", *LOSSES)
-_COMPARED = ("cosent", "flip_without_mcl", "flip_without_dist", "untrained", "teacher", "minilm", "token_set_ratio")
+_COMPARED = tuple(method for method in METHODS if method != "flip")
 _RESULTS = Path(__file__).parent / "results" / "quality.json"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What decides a row besides data set, method and seed. Rows of different settings do not share a file.
-
-    Args:
-        steps: of each student.
-        teacher_steps: of the teacher's fine-tuning.
-        batch_pairs: pairs in a step, of teacher and students.
-        layer: k; None for the default.
-        dtype: what the students' blocks compute in.
-        pairs: of each split, the first ones; None for all.
-    """
-
-    steps: int = 600
-    teacher_steps: int = 400
-    batch_pairs: int = 64
-    layer: int | None = None
-    dtype: str = "float32"
-    pairs: int | None = None
 
 
 QUICK = Settings(steps=2, teacher_steps=2, batch_pairs=16, layer=2, pairs=60)
@@ -119,133 +81,6 @@ class Results:
         temporary = self._path.with_name(f".{self._path.name}.tmp")
         temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
         os.replace(temporary, self._path)
-
-
-class Trial:
-    """One data set and seed: what several methods need is made once.
-
-    Args:
-        dataset: a name of ``DATASETS``.
-        seed: of the trainings.
-        settings: of the trainings.
-        work: folder for models and scores.
-    """
-
-    def __init__(self, dataset: str, seed: int, settings: Settings, work: Path) -> None:
-        self._seed, self._settings = seed, settings
-        steps = f"{settings.teacher_steps}-{settings.steps}-{settings.dtype}"
-        self._work = work / f"{dataset}-seed-{seed}-steps-{steps}"
-        splits = DATASETS[dataset]()
-        count = settings.pairs
-        self._splits = splits if count is None else PairSplits(*(some_pairs(each, count) for each in _each(splits)))
-        self._run = RunOptions(progress=True)
-
-    def row(self, method: str) -> dict[str, Any]:
-        """``f1, auc, ap, seconds, steps`` of a method."""
-        steps, seconds, score = self._prepared(method)
-        validation = score(self._splits.validation)
-        started = time.perf_counter()
-        test = score(self._splits.test)
-        seconds += time.perf_counter() - started
-        found = quality(self._splits.validation.label, validation, self._splits.test.label, test)
-        figures = {name: round(getattr(found, name), 5) for name in ("f1", "auc", "ap")}
-        return {**figures, "seconds": round(seconds, 2), "steps": steps}
-
-    def _prepared(self, method: str) -> tuple[int, float, Callable[[PairSet], npt.NDArray[Any]]]:
-        """Steps and seconds of a method's training, and the function that scores pairs."""
-        if method == "token_set_ratio":
-            return 0, 0.0, string_similarity
-        if method == "minilm":
-            return 0, 0.0, _cosines(_encoder(minilm_folder()))
-        if method == "teacher":
-            seconds = self._teacher()["seconds"]
-            return self._settings.teacher_steps, seconds, _cosines(_encoder(self._work / "teacher"))
-        from flipkd.distill.gradients import Workers
-        from flipkd.distill.start import whiten_projection
-        from flipkd.models.adapter import load_student, new_student
-
-        if method == "untrained":
-            student = new_student(self._student(), seed=self._seed)
-            train = self._splits.train
-            ids = student.tokenize(list(dict.fromkeys([*train.left_text, *train.right_text]))).ids
-            whiten_projection(student, ids, Workers(), TrainConfig.max_tokens, self._seed)
-            return 0, 0.0, _cosines(student.encode)
-        summary = self._train(method)
-        student = load_student(Path(summary["output"]) / "adapter")
-        return self._settings.steps, summary["seconds"], _cosines(student.encode)
-
-    def _student(self) -> StudentOptions:
-        dtype: Any = self._settings.dtype
-        return StudentOptions(str(smollm2_folder()), layer=self._settings.layer, dtype=dtype)
-
-    def _pairs(self) -> Path:
-        folder = self._work / "pairs"
-        for name in ("train", "validation"):
-            write_pairs(getattr(self._splits, name), folder / name / "part-0.parquet")
-        return folder
-
-    def _teacher(self) -> dict[str, Any]:
-        settings = self._settings
-        options = FineTuning(steps=settings.teacher_steps, batch_size=settings.batch_pairs, seed=self._seed)
-        pairs = self._pairs() / "train"
-        return fine_tune_teacher(minilm_folder(), pairs, self._work / "teacher", options, progress=True)
-
-    def _scores(self) -> Path:
-        self._teacher()
-        teacher, scores = EncoderOptions(str(self._work / "teacher")), self._work / "teacher_scores"
-        for name in ("train", "validation"):
-            pairs, output = str(self._pairs() / name), str(scores / name)
-            teach(TeachConfig(teacher=teacher, pairs=pairs, output=output, run=self._run))
-        return scores
-
-    def _train(self, method: str) -> dict[str, Any]:
-        from flipkd.distill.train import train
-
-        scores, steps = self._scores(), self._settings.steps
-        return train(
-            TrainConfig(
-                pairs=str(scores / "train"),
-                validation=str(scores / "validation"),
-                output=str(self._work / "runs" / method),
-                student=self._student(),
-                loss=LOSSES[method],
-                steps=steps,
-                batch_pairs=self._settings.batch_pairs,
-                evaluate_every=max(1, steps // 6),
-                checkpoint_every=max(1, steps // 12),
-                seed=self._seed,
-                device="cpu",
-                run=self._run,
-            )
-        )
-
-
-def _each(splits: PairSplits) -> tuple[PairSet, PairSet, PairSet]:
-    return splits.train, splits.validation, splits.test
-
-
-def some_pairs(pairs: PairSet, count: int) -> PairSet:
-    """Some pairs of both classes, whatever their order."""
-    return pairs.take(np.random.default_rng(0).permutation(len(pairs))[:count])
-
-
-def _encoder(folder: Path) -> Encode:
-    from flipkd.models.encoder import load_encoder
-
-    return load_encoder(folder).encode
-
-
-def _cosines(encode: Encode) -> Callable[[PairSet], npt.NDArray[Any]]:
-    """Scores pairs by the cosine of their texts' unit vectors; each distinct text is encoded once."""
-
-    def score(pairs: PairSet) -> npt.NDArray[Any]:
-        texts = list(dict.fromkeys([*pairs.left_text, *pairs.right_text]))
-        vectors, places = encode(texts), {text: place for place, text in enumerate(texts)}
-        left, right = ([places[text] for text in side] for side in (pairs.left_text, pairs.right_text))
-        scores: npt.NDArray[Any] = np.einsum("pd,pd->p", vectors[left], vectors[right])
-        return scores
-
-    return score
 
 
 def ratios(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:

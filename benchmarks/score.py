@@ -14,6 +14,9 @@ its actors' start-up, which every such job pays, is measured by itself too. Rati
     with_keys             peer's seconds / flipkd's, all columns
     score_only            the same for the score column alone
     string_over_int64     flipkd's pairs/s with ids such as cust-000000042, over those with int64 ids
+    of_slowest_stage      the time of flipkd's slowest stage (read, look up, score, write) by itself on all cores, over
+                          that of the whole job; all stages run on the same cores, so 1 is out of reach
+    busy                  the time of all stages on all cores over that of the whole job
     with_keys_started     with_keys, less the peer's seconds for a job of one row; only where those are the small part
 """
 
@@ -270,7 +273,8 @@ def measure(root: Path, work: Work) -> bool:
     if not is_right(inputs, outputs):
         report("score", [], {}, False)
         return False
-    split = manifests["flipkd"]["seconds"]
+    split, wall_seconds = (manifests["flipkd"][name] for name in ("seconds", "wall_seconds"))
+    cores = len(os.sched_getaffinity(0))
 
     seconds = {name: statistics.median(times) for name, times in interleave(functions, work.rounds).items()}
     rows = [
@@ -294,6 +298,8 @@ def measure(root: Path, work: Work) -> bool:
         "with_keys": round(seconds["peer"] / seconds["flipkd"], 2),
         "score_only": round(seconds["peer_score_only"] / seconds["flipkd_score_only"], 2),
         "string_over_int64": round(seconds["flipkd"] / seconds["flipkd_string"], 3),
+        "of_slowest_stage": round(max(split.values()) / cores / wall_seconds, 3),
+        "busy": round(total / cores / wall_seconds, 3),
     }
     if seconds["peer"] > 2 * start_seconds:  # else the difference is noise, as on small inputs
         ratios["with_keys_started"] = round((seconds["peer"] - start_seconds) / seconds["flipkd"], 2)

@@ -9,13 +9,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from flipkd.demo.banks import bank_pairs
+from flipkd.demo.icd10 import Inclusion, icd10_pairs
 from flipkd.demo.names import company_names, sec_name_pairs
 from flipkd.demo.pair_sets import SPLITS, PairSet, PairSplits, icd9_pairs, pair_set, split_of, write_pairs
 
-SETS: dict[str, Callable[[int], PairSplits]] = {"icd9": icd9_pairs, "sec": sec_name_pairs}
+SETS: dict[str, Callable[[int], PairSplits]] = {"icd9": icd9_pairs, "icd10": icd10_pairs, "sec": sec_name_pairs}
 
 
-@pytest.fixture(scope="module", params=["icd9", "sec"])
+@pytest.fixture(scope="module", params=sorted(SETS))
 def splits(request: pytest.FixtureRequest) -> PairSplits:
     return SETS[request.param](0)
 
@@ -50,11 +52,11 @@ def test_one_pair_of_texts_has_one_label_and_stands_once(splits: PairSplits) -> 
         assert len(both) == len(set(both))
 
 
-def test_a_third_of_each_split_is_positive_and_the_splits_have_their_shares(splits: PairSplits) -> None:
+def test_both_labels_are_common_and_the_splits_have_their_shares(splits: PairSplits) -> None:
     sets = parts(splits)
     total = sum(map(len, sets))
     for pairs, share in zip(sets, (0.7, 0.1, 0.2), strict=True):
-        assert 0.3 < pairs.label.mean() < 0.4
+        assert 0.3 < pairs.label.mean() < 0.5
         assert pairs.label.dtype == np.int8
         assert share - 0.05 < len(pairs) / total < share + 0.05
 
@@ -66,7 +68,7 @@ def test_one_id_stands_for_one_text_on_its_side(splits: PairSplits) -> None:
             assert all(known.setdefault(name, text) == text for name, text in zip(ids, texts, strict=True))
 
 
-@pytest.mark.parametrize("name", ["icd9", "sec"])
+@pytest.mark.parametrize("name", sorted(SETS))
 def test_a_seed_gives_one_split_and_another_seed_another(name: str) -> None:
     first, again, other = SETS[name](0), SETS[name](0), SETS[name](1)
     for split in SPLITS:
@@ -141,3 +143,26 @@ def test_written_pairs_have_the_columns_of_teach_and_equal_bytes_stay(tmp_path: 
     write_pairs(pairs.first(50), path)
     assert pq.read_table(path).num_rows == 50
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_icd10_negatives_are_the_next_terms_of_sibling_codes() -> None:
+    rows = [Inclusion(f"a0{n}.{m}", f"a0{n}", f"code {n} {m}", f"term {n} {m}") for n in range(9) for m in range(4)]
+    for pairs in parts(icd10_pairs(0, rows)):
+        for left, right, label in zip(pairs.left_text, pairs.right_text, pairs.label.tolist(), strict=True):
+            (_, category, place), (_, other, other_place) = left.split(), right.split()
+            assert category == other
+            assert label == (place == other_place)
+            assert (int(other_place) - int(place)) % 4 in (0, 1, 2)
+        assert len(pairs) == 3 * int(pairs.label.sum())
+
+
+def test_a_bank_has_one_full_and_one_short_name() -> None:
+    pairs = bank_pairs()
+    assert len(pairs) > 1500
+    assert 0.3 < pairs.label.mean() < 0.4
+    partners: dict[str, set[str]] = {}
+    for left, right in _texts(pairs, 1):
+        partners.setdefault(left, set()).add(right)
+        assert left != right
+    assert all(len(rights) == 1 for rights in partners.values())
+    assert not set(_texts(pairs, 0)) & set(_texts(pairs, 1))

@@ -34,6 +34,8 @@ _HELP = {
     "negative_threshold": "Negatives that the teacher scores higher are noise.",
     "validation": "Pairs to validate on, as --pairs. Default: some of --pairs are held out.",
     "validation_fraction": "Left texts that are held out where there is no --validation.",
+    "unlabelled": "More pairs with teacher scores, for the losses that need no label; their labels are ignored.",
+    "unlabelled_batch_pairs": "Of them in one batch, beside --batch-pairs.",
     "left_text": "Column of left texts. Default: what teach recorded, else left_text.",
     "right_text": "Column of right texts.",
     "label_column": "Column of labels. Default: label, if there is one.",

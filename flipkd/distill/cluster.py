@@ -18,7 +18,8 @@ import torch
 from flipkd.distill.config import TrainConfig
 from flipkd.distill.gradients import Workers
 from flipkd.distill.run_folder import RunFolder
-from flipkd.distill.train import output_path, read_pairs, run_facts, summary, train_worker
+from flipkd.distill.train import output_path, run_facts, summary, train_worker
+from flipkd.distill.training_data import read_training_data
 from flipkd.errors import ClusterError, ConfigError, FlipkdError
 from flipkd.run.cluster import connect
 
@@ -73,8 +74,8 @@ def train_on_ray(config: TrainConfig) -> dict[str, Any]:
                 f"training on Ray failed ({type(error).__name__}); checkpoints are kept, run again: "
                 f"{str(error).strip().splitlines()[-1] if str(error).strip() else ''}"
             ) from error
-    pairs, validation = read_pairs(config)
-    return summary(config, RunFolder(Path(output_path(config)), run_facts(config, pairs, validation), overwrite=False))
+    facts = run_facts(config, read_training_data(config))
+    return summary(config, RunFolder(Path(output_path(config)), facts, overwrite=False))
 
 
 def _worker(task: dict[str, Any]) -> None:

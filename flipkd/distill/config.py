@@ -75,6 +75,9 @@ class TrainConfig:
         loss: what is minimised.
         validation: pairs to validate on, in the form of ``pairs``; None holds some of ``pairs`` out.
         validation_fraction: of left texts that are held out where ``validation`` is None; 0 for none.
+        unlabelled: more pairs for L_dist, in the form of ``pairs``, without labels (any are ignored): a teacher scores
+            any pair for nothing.
+        unlabelled_batch_pairs: of them in one batch, beside ``batch_pairs``.
         left_text, right_text: the text columns; None for what ``teach`` recorded, else ``left_text``/``right_text``.
         label_column: None takes ``label`` if there is such a column, and trains from teacher scores alone if not.
         steps: optimizer steps.
@@ -104,6 +107,8 @@ class TrainConfig:
     loss: LossOptions = field(default_factory=LossOptions)
     validation: str | None = None
     validation_fraction: float = 0.05
+    unlabelled: str | None = None
+    unlabelled_batch_pairs: int = 64
     left_text: str | None = None
     right_text: str | None = None
     label_column: str | None = None
@@ -127,8 +132,8 @@ class TrainConfig:
     run: RunOptions = field(default_factory=RunOptions)
 
     def __post_init__(self) -> None:
-        counts = ("steps", "batch_pairs", "accumulate", "max_tokens", "evaluate_every", "checkpoint_every")
-        for name in (*counts, "keep_checkpoints", "log_every"):
+        counts = ("steps", "batch_pairs", "unlabelled_batch_pairs", "accumulate", "max_tokens", "evaluate_every")
+        for name in (*counts, "checkpoint_every", "keep_checkpoints", "log_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
         if self.batch_pairs < 2:

@@ -40,7 +40,7 @@ class TrainingPairs:
         texts: N normalised texts.
         left: [P] place of the left text.
         right: [P] place of the right text.
-        labels: [P] float32 1 or 0; None without labels.
+        labels: [P] float32 1 or 0, or NaN for an unlabelled pair; None without labels.
         teacher: [P] float32 teacher scores, as similarities (a logit as its sigmoid); None without a teacher.
         teacher_vectors: [N, D] float32 unit rows; None where the teacher gives none.
         facts: of the teacher.
@@ -82,7 +82,12 @@ class TrainingPairs:
 
 
 def read_training_pairs(
-    path: str, left_text: str | None = None, right_text: str | None = None, label_column: str | None = None
+    path: str,
+    left_text: str | None = None,
+    right_text: str | None = None,
+    label_column: str | None = None,
+    *,
+    ignores_labels: bool = False,
 ) -> TrainingPairs:
     """Reads pairs with labels, teacher scores, or both.
 
@@ -91,6 +96,7 @@ def read_training_pairs(
         left_text: column of left texts; None for what ``teach`` recorded, else ``left_text``.
         right_text: column of right texts.
         label_column: None takes what ``teach`` recorded, else ``label``, if there is such a column.
+        ignores_labels: whether labels are not read even where there are some.
 
     Raises:
         ConfigError: a column is missing or of a type that cannot be used, or there is neither label nor teacher score.
@@ -106,6 +112,7 @@ def read_training_pairs(
         known = reader.schema.names
     usual = facts.label_column if facts is not None and facts.label_column is not None else _LABEL
     label = label_column if label_column is not None else (usual if usual in known else None)
+    label = None if ignores_labels else label
     has_scores = TEACHER_SCORE in known
     if label is None and not has_scores:
         raise ConfigError(

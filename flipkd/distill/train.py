@@ -16,18 +16,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from flipkd.data.location import open_location
 from flipkd.distill.checkpoint import Progress, load_checkpoint, save_checkpoint
 from flipkd.distill.config import TrainConfig
-from flipkd.distill.data import BatchOrder, TrainingPairs, hold_out, read_training_pairs
+from flipkd.distill.data import BatchOrder, TrainingPairs
 from flipkd.distill.gradients import Workers, backward_vectors
 from flipkd.distill.language_model import backward_language_model
 from flipkd.distill.objective import Batch, batch_loss, check_objective
 from flipkd.distill.picture import draw_learning_curve
 from flipkd.distill.run_folder import RunFolder
 from flipkd.distill.start import whiten_projection
+from flipkd.distill.training_data import TrainingData, read_training_data, with_unlabelled
 from flipkd.distill.validation import deciding_value, validate
 from flipkd.errors import ConfigError, ModelError
 from flipkd.models.adapter import base_fingerprint, new_student
@@ -54,7 +56,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     output = open_location(config.output)
     if not output.is_local:
         raise ConfigError(f"--output {output.uri}: a run's folder must be local (or on a shared disk)")
-    inputs = [("--pairs", config.pairs), ("--validation", config.validation)]
+    inputs = [("--pairs", config.pairs), ("--validation", config.validation), ("--unlabelled", config.unlabelled)]
     refuse_overlap(output, [(option, open_location(uri)) for option, uri in inputs if uri is not None])
     with locked(output):
         if config.run.ray is None:
@@ -67,9 +69,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
 def train_worker(config: TrainConfig, workers: Workers) -> dict[str, Any]:
     """What each of the workers that train together does; rank 0 alone writes. See ``train``."""
-    pairs, validation = read_pairs(config)
-    check_objective(config.loss, pairs.labels is not None, pairs.teacher is not None)
-    folder = RunFolder(Path(output_path(config)), run_facts(config, pairs, validation), config.run.overwrite)
+    data = read_training_data(config)
+    check_objective(config.loss, data.pairs.labels is not None, data.pairs.teacher is not None)
+    folder = RunFolder(Path(output_path(config)), run_facts(config, data), config.run.overwrite)
     if folder.is_finished:
         logger.info("%s is complete already", config.output)
         return summary(config, folder)
@@ -79,7 +81,7 @@ def train_worker(config: TrainConfig, workers: Workers) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # its new name is not in every transformers that we take
             student.decoder.gradient_checkpointing_enable({"use_reentrant": False})
-    _Training(config, workers, folder, student, pairs, validation).run()
+    _Training(config, workers, folder, student, data).run()
     return summary(config, folder)
 
 
@@ -88,20 +90,13 @@ def output_path(config: TrainConfig) -> str:
     return str(open_location(config.output).path)
 
 
-def read_pairs(config: TrainConfig) -> tuple[TrainingPairs, TrainingPairs | None]:
-    """Training and validation pairs."""
-    columns = (config.left_text, config.right_text, config.label_column)
-    pairs = read_training_pairs(config.pairs, *columns)
-    if config.validation is None:
-        return hold_out(pairs, config.validation_fraction, config.seed)
-    return pairs, read_training_pairs(config.validation, *columns)
-
-
-def run_facts(config: TrainConfig, pairs: TrainingPairs, validation: TrainingPairs | None) -> dict[str, Any]:
+def run_facts(config: TrainConfig, data: TrainingData) -> dict[str, Any]:
     """What ``run.json`` holds."""
+    pairs, unlabelled, validation = data.pairs, data.unlabelled, data.validation
     deciding = {
         **config.deciding(),
         "pairs": pairs.fingerprint,
+        "unlabelled": None if unlabelled is None else unlabelled.fingerprint,
         "validation": None if validation is None else validation.fingerprint,
         "base": base_fingerprint(config.student.folder),
     }
@@ -112,6 +107,7 @@ def run_facts(config: TrainConfig, pairs: TrainingPairs, validation: TrainingPai
         "base_fingerprint": deciding["base"],
         "pairs": len(pairs),
         "texts": len(pairs.texts),
+        "unlabelled_pairs": 0 if unlabelled is None else len(unlabelled),
         "validation_pairs": 0 if validation is None else len(validation),
         "skipped": pairs.skipped,
         "teacher": None if pairs.facts is None else vars(pairs.facts),
@@ -152,14 +148,18 @@ class _Training:
         workers: Workers,
         folder: RunFolder,
         student: Student,
-        pairs: TrainingPairs,
-        validation: TrainingPairs | None,
+        data: TrainingData,
     ) -> None:
         self._config, self._workers, self._folder, self._student = config, workers, folder, student
-        self._pairs, self._validation = pairs, validation
-        self._order = BatchOrder(pairs, config.batch_pairs, config.seed)
-        self._ids = student.tokenize(pairs.texts).ids
-        self._validation_ids = [] if validation is None else student.tokenize(validation.texts).ids
+        self._pairs, self._validation = data.pairs, data.validation
+        # For each order the place of its first pair.
+        self._orders = [(0, BatchOrder(data.pairs, config.batch_pairs, config.seed))]
+        if data.unlabelled is not None:
+            self._pairs = with_unlabelled(data.pairs, data.unlabelled)
+            more = BatchOrder(data.unlabelled, config.unlabelled_batch_pairs, config.seed)
+            self._orders.append((len(data.pairs), more))
+        self._ids = student.tokenize(self._pairs.texts).ids
+        self._validation_ids = [] if self._validation is None else student.tokenize(self._validation.texts).ids
         self._parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
         self._optimizer = torch.optim.AdamW(
             self._parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
@@ -225,7 +225,8 @@ class _Training:
         tokens, metrics = 0, {}
         for part in range(config.accumulate):
             number = step * config.accumulate + part
-            chosen = self._pairs.subset(self._order.batch(number))
+            rows = np.concatenate([first + order.batch(number) for first, order in self._orders])
+            chosen = self._pairs.subset(rows)
             assert chosen.places is not None
             ids = [self._ids[place] for place in chosen.places]
             tokens += sum(map(len, ids))
@@ -264,11 +265,12 @@ class _Training:
             )
         if self._prompt is not None:
             assert chosen.labels is not None
-            own = range(self._workers.rank, len(chosen), self._workers.count)
+            labelled = np.flatnonzero(~np.isnan(chosen.labels))
+            own = labelled[self._workers.rank :: self._workers.count].tolist()
             bodies = [student.body(text) for text in ids]
             triples = [(bodies[chosen.left[i]], bodies[chosen.right[i]], int(chosen.labels[i])) for i in own]
             weight = 1.0 if config.loss.objective == "lm" else config.loss.weight_lm
-            found = backward_language_model(student, self._prompt, triples, weight, len(chosen), config.max_tokens)
+            found = backward_language_model(student, self._prompt, triples, weight, len(labelled), config.max_tokens)
             metrics["loss_lm"] = self._workers.sum(found)
             metrics["loss"] = metrics.get("loss", 0.0) + weight * metrics["loss_lm"]
         return metrics

@@ -20,7 +20,7 @@ import numpy as np
 
 from flipkd.errors import ConfigError, ModelError
 from flipkd.models.batches import equal_length_batches, tokenized_chunks
-from flipkd.models.encoder import MAX_TOKENS, check_options, find_device
+from flipkd.models.device import MAX_TOKENS, check_options, find_device
 from flipkd.models.pair_tokens import PairTokenizer
 from flipkd.models.parallel import loaded_at_first_use, not_finite, run_batches
 from flipkd.models.teacher import CrossEncoderFolder, Scale, read_cross_encoder

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from flipkd.kernels.encoder_ops import Heads, Norm, activate, add_norm, attend
+from flipkd.kernels.encoder_ops import Heads, Norm, Product, activate, add_norm, attend
 from flipkd.models.linear import Linear
 from flipkd.models.settings import read_json
 
@@ -110,14 +110,31 @@ class Decoder:
         """Size of a token vector."""
         return int(self._words.shape[1])
 
+    @property
+    def last_norm(self) -> Norm:
+        """The norm after the last block."""
+        return self._norm
+
     def __call__(self, ids: Tensor, positions: Tensor, lengths: Sequence[int]) -> Tensor:
         """Token vectors [T, width]; see ``flipkd.models.backbone.Backbone``."""
         del positions  # attention turns queries and keys by itself
+        product, state = self._blocks_run(ids, lengths)
+        return add_norm(product, state, self._norm, keeps_sum=False, dtype=state.dtype)[0]
+
+    def before_last_norm(self, ids: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Token states [T, width] that ``last_norm`` has still to be applied to."""
+        product, state = self._blocks_run(ids, lengths)
+        # The last block's multiplication is never int8, so its product is finished.
+        return state if product is None else state + product.values
+
+    def _blocks_run(self, ids: Tensor, lengths: Sequence[int]) -> tuple[Product | None, Tensor]:
+        """The residual stream, and what the last block adds to it."""
         heads = self._heads
         if heads.cosine is None or max(lengths) > len(heads.cosine):
             # Another thread may do the same at the same time: each has a table that reaches, and one of them stays.
             self._heads = heads = self._reaching(2 * max(lengths), heads)
-        product, state = None, embedding(ids, self._words)
+        product: Product | None = None
+        state = embedding(ids, self._words)
         for block in self._blocks:
             state, operand = add_norm(product, state, block.attention_norm, keeps_sum=True, dtype=self._dtype)
             mixed = attend(block.attention_input(operand), lengths, heads, self._dtype)
@@ -125,10 +142,12 @@ class Decoder:
             state, operand = add_norm(product, state, block.norm, keeps_sum=True, dtype=self._dtype)
             wide = activate(block.wide(operand), self._activation, gated=True, dtype=block.narrow.dtype)
             product = block.narrow(wide)
-        return add_norm(product, state, self._norm, keeps_sum=False, dtype=state.dtype)[0]
+        return product, state
 
     def _reaching(self, positions: int, heads: Heads) -> Heads:
         cosine, sine = _rotation(heads.width, self._theta, positions, self._words.device)
+        if cosine.is_cuda:
+            torch.cuda.current_stream().synchronize()  # threads have streams of their own
         return replace(heads, cosine=cosine, sine=sine)
 
 

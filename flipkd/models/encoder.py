@@ -7,31 +7,29 @@ neighbours.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from flipkd.errors import ConfigError
 from flipkd.models.batches import packed_batches, tokenized_chunks
+from flipkd.models.device import GPU_STREAMS, MAX_TOKENS, check_options, find_device
 from flipkd.models.folder import folder_fingerprint, read_folder
-from flipkd.models.parallel import loaded_at_first_use, not_finite, run_batches
+from flipkd.models.parallel import finite_rows, loaded_at_first_use, not_finite, run_batches
 from flipkd.models.tokenizer import load_tokenizer, longest_input, text_tokenizer
 from flipkd.models.tokens import TextTokenizer, TokenizedTexts
+from flipkd.vectors.rows import STORAGE, VectorRows, quantise
 
 if TYPE_CHECKING:
     import torch
 
+    from flipkd.config import VectorDtype
+    from flipkd.models.fused_rows import RowModel
     from flipkd.models.parallel import Model
-
-DTYPES = ("float32", "bf16", "int8")
-DEVICES = ("cpu", "cuda", "auto")
-# Measured with MiniLM on a CPU: from 512 to 8,192 tokens the speed is the same, and small batches share out better.
-# A GPU wants to be filled.
-MAX_TOKENS = {"cpu": 1024, "cuda": 65536}
 
 
 @dataclass(frozen=True)
@@ -47,6 +45,15 @@ class EncodedTexts:
     tokens: np.ndarray
 
 
+@dataclass(frozen=True)
+class TextRows:
+    """Rows of N texts as a store keeps them: ``rows`` [N, dim]; ``truncated`` and ``tokens`` as in ``EncodedTexts``."""
+
+    rows: VectorRows
+    truncated: np.ndarray
+    tokens: np.ndarray
+
+
 class Encoder:
     """A loaded bi-encoder. Use ``load_encoder`` to get one.
 
@@ -56,6 +63,7 @@ class Encoder:
             [texts, dim].
         mixes_lengths: whether texts of different lengths may stand in one call of ``model``.
         exact_model: gives the same in float32; called only when ``model`` gives a number that is not finite.
+        row_model: gives finished rows of a dtype in one go (``flipkd.models.fused_rows``); None where it cannot.
         dim: size of a vector.
         max_length: most tokens per text, special tokens included; None for no limit.
         dtype: "float32", "bf16" or "int8", what the transformer multiplies in; pooling and all after it are float32.
@@ -71,6 +79,7 @@ class Encoder:
         model: Model,
         mixes_lengths: bool,
         exact_model: Model | None,
+        row_model: RowModel | None = None,
         dim: int,
         max_length: int | None,
         dtype: str,
@@ -82,6 +91,7 @@ class Encoder:
         self._model = model
         self._mixes_lengths = mixes_lengths
         self._exact_model = exact_model
+        self._row_model = row_model
         self.dim = dim
         self.max_length = max_length
         self.dtype = dtype
@@ -112,6 +122,49 @@ class Encoder:
             ConfigError: ``max_tokens`` is not positive.
             ModelError: the model gives numbers that are not finite, in float32 too; names the places of the texts.
         """
+        found = self._encode(texts, max_tokens, self._model, self._exact_model, np.float32, finite_rows)
+        if normalize:
+            vectors = found.vectors
+            vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        return found
+
+    def encode_rows(self, texts: Sequence[str], dtype: VectorDtype, *, max_tokens: int | None = None) -> TextRows:
+        """Encodes texts into rows of ``dtype``; arguments and errors are those of ``encode_texts``."""
+        row_model = self._row_model
+        if row_model is None:
+            encoded = self.encode_texts(texts, max_tokens=max_tokens)
+            return TextRows(quantise(encoded.vectors, dtype), encoded.truncated, encoded.tokens)
+
+        def model(ids: torch.Tensor, positions: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+            return row_model(ids, positions, lengths, dtype)
+
+        def are_finite(rows: np.ndarray) -> np.ndarray:
+            made: np.ndarray = np.count_nonzero(rows, axis=1) > 0
+            return made
+
+        def exact(*tensors: torch.Tensor) -> torch.Tensor:
+            import torch
+
+            vectors = (self._exact_model or self._model)(*tensors).cpu().numpy()
+            finite = finite_rows(vectors)
+            vectors[~finite] = 0
+            vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+            return torch.from_numpy(quantise(vectors, dtype).values)
+
+        # A row that is not finite is zero, and no other is.
+        found = self._encode(texts, max_tokens, model, exact, STORAGE[dtype], are_finite)
+        return TextRows(VectorRows(found.vectors, dtype), found.truncated, found.tokens)
+
+    def _encode(
+        self,
+        texts: Sequence[str],
+        max_tokens: int | None,
+        model: Model,
+        exact_model: Model | None,
+        kind: Any,
+        are_finite: Callable[[np.ndarray], np.ndarray],
+    ) -> EncodedTexts:
+        """What ``model`` makes of the texts, [N, dim] of numpy type ``kind``."""
         if max_tokens is None:
             max_tokens = MAX_TOKENS[self.device.type]
         if max_tokens < 1:
@@ -119,7 +172,7 @@ class Encoder:
         first_places: dict[str, int] = {}
         rows = np.fromiter((first_places.setdefault(text, len(first_places)) for text in texts), np.int64, len(texts))
         distinct = list(first_places)
-        vectors = np.zeros((len(distinct), self.dim), dtype=np.float32)
+        vectors = np.zeros((len(distinct), self.dim), kind)
         truncated = np.zeros(len(distinct), dtype=np.bool_)
         tokens = np.zeros(len(distinct), dtype=np.int32)
 
@@ -130,13 +183,12 @@ class Encoder:
                 yield start, chunk
 
         batches = packed_batches(noted(), max_tokens, self._mixes_lengths)
-        with closing(run_batches(batches, self._model, self._exact_model, self.device, self.threads)) as results:
+        running = run_batches(batches, model, exact_model, self.device, self.threads, are_finite)
+        with closing(running) as results:
             for places, found, finite in results:
                 if not finite.all():
                     raise not_finite("encoder", "texts", rows, places[~finite])
                 vectors[places] = found
-        if normalize:
-            vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         if len(distinct) == len(texts):
             return EncodedTexts(vectors, truncated, tokens)
         return EncodedTexts(vectors[rows], truncated[rows], tokens[rows])
@@ -159,7 +211,8 @@ def load_encoder(
         device: "cpu", "cuda", or "auto" (CUDA if there is a device).
         max_length: most tokens per text, special tokens included; by default what the folder says.
         trust_remote_code: allow the folder to bring Python code for its transformer or tokenizer.
-        threads: CPU threads, one batch each; by default as many as torch would use. A GPU takes one batch at a time.
+        threads: CPU threads, one batch each; by default as many as torch would use. A GPU has two
+            streams instead.
 
     Raises:
         ConfigError: an argument is out of range.
@@ -172,6 +225,7 @@ def load_encoder(
 
     from flipkd.kernels.packed_attention import runs
     from flipkd.models.backbone import Backbone, load_backbone
+    from flipkd.models.fused_rows import load_fused_rows
     from flipkd.models.pooling import load_head, output_width, pool_packed
 
     place = find_device(device)
@@ -201,41 +255,11 @@ def load_encoder(
         model=through(backbone),
         mixes_lengths=backbone.mixes_lengths,
         exact_model=loaded_at_first_use(exact) if dtype != "float32" else None,
+        row_model=load_fused_rows(settings, backbone, place) if place.type == "cuda" else None,
         dim=output_width(settings, backbone.width),
         max_length=limit,
         dtype=dtype,
         device=place,
-        threads=1 if place.type == "cuda" else threads or torch.get_num_threads(),
+        threads=GPU_STREAMS if place.type == "cuda" else threads or torch.get_num_threads(),
         fingerprint=folder_fingerprint(settings.path, max_length),
     )
-
-
-def check_options(dtype: str, device: str, max_length: int | None, threads: int | None) -> None:
-    """Refuses what ``load_encoder`` and its like cannot be told.
-
-    Raises:
-        ConfigError: names the argument and what it may be.
-    """
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype {dtype!r} is not known; choose from {', '.join(DTYPES)}")
-    if device not in DEVICES:
-        raise ConfigError(f"device {device!r} is not known; choose from {', '.join(DEVICES)}")
-    for name, number in (("max_length", max_length), ("threads", threads)):
-        if number is not None and number < 1:
-            raise ConfigError(f"{name} must be at least 1, not {number}")
-
-
-def find_device(device: str) -> torch.device:
-    """The device that "cpu", "cuda" or "auto" (CUDA if there is a device) stands for.
-
-    Raises:
-        ConfigError: there is no CUDA device.
-    """
-    import torch
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    place = torch.device(device)
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device 'cuda' was asked for, but torch sees no CUDA device; use cpu or auto")
-    return place

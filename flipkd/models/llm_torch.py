@@ -23,7 +23,7 @@ from torch import Tensor
 
 from flipkd.models.adapter import load_decoder
 from flipkd.models.backbone import load_pretrained
-from flipkd.models.encoder import check_options, find_device
+from flipkd.models.device import check_options, find_device
 from flipkd.models.llm import LlmFolder
 from flipkd.models.llm_options import LlmOptions
 from flipkd.models.llm_prompt import PairPrompt, PromptedPairs

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from threading import Lock
+from threading import Lock, local
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,8 +20,14 @@ from flipkd.errors import NotFiniteError
 if TYPE_CHECKING:
     import torch
 
-    # Tensors of one batch (token ids, and whatever else the model takes) to numbers float32 [rows, width].
+    # Tensors of one batch (token ids, and whatever else the model takes) to numbers [rows, width].
     Model = Callable[..., torch.Tensor]
+
+
+def finite_rows(found: np.ndarray) -> np.ndarray:
+    """Bool [rows]: whether all numbers of a row are finite."""
+    finite: np.ndarray = np.isfinite(found).all(axis=1)
+    return finite
 
 
 def run_batches(
@@ -29,22 +36,25 @@ def run_batches(
     exact_model: Model | None,
     device: torch.device,
     threads: int,
+    are_finite: Callable[[np.ndarray], np.ndarray] = finite_rows,
 ) -> Generator[tuple[np.ndarray, np.ndarray, np.ndarray], None, None]:
     """Runs a model over batches, in their order.
 
     On a CPU each batch has one thread to itself. So no thread waits for another inside every operation, which is slow
-    for small batches and slower still on a shared machine, and results do not depend on the number of threads.
+    for small batches and slower still on a shared machine, and results do not depend on the number of threads. On a GPU
+    each thread has a stream: with two of them one batch is copied in or out of pinned memory while the other computes.
 
     Args:
         batches: the places int64 [rows] of a batch's rows in the caller's input, then the model's arguments.
-        model: the arguments, on ``device``, to float32 [rows, width].
-        exact_model: gives the same in float32; called for a batch only where ``model`` gives a number that is not
-            finite.
+        model: the arguments, on ``device``, to numbers [rows, width].
+        exact_model: gives the same in float32 arithmetic; called for a batch only where ``model`` gives a row that is
+            not finite.
         device: where the model runs.
         threads: how many batches run at once.
+        are_finite: the results of a batch to bool [rows], which of them can be used.
 
     Yields:
-        The places, the results float32 [rows, width], and bool [rows]: which of them are finite.
+        The places, the results [rows, width], and bool [rows]: which of them are finite.
     """
     import torch
 
@@ -55,7 +65,7 @@ def run_batches(
             threads, "flipkd-encode", partial(torch.set_num_threads, 1) if device.type == "cpu" else None
         ) as pool:
             for places, *arguments in batches:
-                waiting.append((places, pool.submit(_run, arguments, model, exact_model, device)))
+                waiting.append((places, pool.submit(_run, arguments, model, exact_model, device, are_finite)))
                 if len(waiting) > 2 * threads:
                     first, done = waiting.popleft()
                     yield first, *done.result()
@@ -67,19 +77,45 @@ def run_batches(
 
 
 def _run(
-    arguments: list[np.ndarray], model: Model, exact_model: Model | None, device: torch.device
+    arguments: list[np.ndarray],
+    model: Model,
+    exact_model: Model | None,
+    device: torch.device,
+    are_finite: Callable[[np.ndarray], np.ndarray],
 ) -> tuple[np.ndarray, np.ndarray]:
     """Results of a batch, and which of its rows are finite."""
     import torch
 
-    with torch.inference_mode():
-        tensors = [torch.from_numpy(argument).to(device) for argument in arguments]
+    with torch.inference_mode(), _own_stream(device):
+        tensors = [_sent(argument, device) for argument in arguments]
         found: np.ndarray = model(*tensors).cpu().numpy()
-        finite = np.isfinite(found).all(axis=1)
+        finite = are_finite(found)
         if not finite.all() and exact_model is not None:
             found = exact_model(*tensors).cpu().numpy()
-            finite = np.isfinite(found).all(axis=1)
+            finite = are_finite(found)
         return found, finite
+
+
+def _sent(argument: np.ndarray, device: torch.device) -> torch.Tensor:
+    import torch
+
+    tensor = torch.from_numpy(argument)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+_streams = local()
+
+
+def _own_stream(device: torch.device) -> AbstractContextManager[object]:
+    """This thread's stream on a GPU, made at its first batch."""
+    if device.type != "cuda":
+        return nullcontext()
+    import torch
+
+    if not hasattr(_streams, "stream"):
+        _streams.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        _streams.stream.wait_stream(torch.cuda.default_stream(device))  # where the weights were made
+    return torch.cuda.stream(_streams.stream)
 
 
 def loaded_at_first_use(load: Callable[[], Model]) -> Model:
@@ -91,6 +127,10 @@ def loaded_at_first_use(load: Callable[[], Model]) -> Model:
         with loading:
             if not loaded:
                 loaded.append(load())
+                if tensors[0].is_cuda:
+                    import torch
+
+                    torch.cuda.synchronize()  # another thread's stream may use it next
         return loaded[0](*tensors)
 
     return model

@@ -85,22 +85,42 @@ def load_head(folder: ModelFolder, device: torch.device) -> list[Head]:
     return [_normalize if isinstance(step, NormalizeSettings) else _load_dense(step, device) for step in folder.steps]
 
 
+def load_projection(folder: ModelFolder, device: torch.device) -> Tensor | None:
+    """A of a head that is ``A x`` at length 1, [dim, width] float32; None for any other head."""
+    if len(folder.steps) != 2 or folder.truncate_dim is not None:
+        return None
+    dense, last = folder.steps
+    if not isinstance(dense, DenseSettings) or not isinstance(last, NormalizeSettings):
+        return None
+    if dense.bias or dense.use_residual or dense.activation != "Identity":
+        return None
+    return _weights(dense, device)["linear.weight"]
+
+
 def _normalize(vectors: Tensor) -> Tensor:
     return nn.functional.normalize(vectors, p=2.0, dim=-1)
 
 
-def _load_dense(settings: DenseSettings, device: torch.device) -> Head:
+def _weights(settings: DenseSettings, device: torch.device) -> dict[str, Tensor]:
     file = settings.path / "model.safetensors"
     weights = {name: value.to(device, torch.float32) for name, value in load_file(file).items()}
-    projects_residual = settings.use_residual and settings.in_features != settings.out_features
     wanted: dict[str, tuple[int, ...]] = {"linear.weight": (settings.out_features, settings.in_features)}
     if settings.bias:
         wanted["linear.bias"] = (settings.out_features,)
-    if projects_residual:
+    if _projects_residual(settings):
         wanted["residual.weight"] = (settings.out_features, settings.in_features)
     found = {name: tuple(value.shape) for name, value in weights.items()}
     if found != wanted:
         raise ModelError(f"{file}: holds {found}, but its config.json asks for {wanted}")
+    return weights
+
+
+def _projects_residual(settings: DenseSettings) -> bool:
+    return settings.use_residual and settings.in_features != settings.out_features
+
+
+def _load_dense(settings: DenseSettings, device: torch.device) -> Head:
+    weights, projects_residual = _weights(settings, device), _projects_residual(settings)
     activation: nn.Module = getattr(nn, settings.activation)()
 
     def dense(vectors: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from flipkd.errors import ConfigError
 from flipkd.vectors.cache import CACHE_FOLDER, TextCache, open_cache
 from flipkd.vectors.cache_tidy import compact_if_free
 from flipkd.vectors.layout import STATUS_TRUNCATED
-from flipkd.vectors.rows import VectorRows, quantise
+from flipkd.vectors.rows import VectorRows
 
 if TYPE_CHECKING:
     from flipkd.models.encoder import Encoder
@@ -96,9 +96,9 @@ class CachedEncoder:
             started = time.perf_counter()
             self._loaded = self._load()
             self._load_seconds = time.perf_counter() - started
-        encoded = self._loaded.encode_texts(texts.to_pylist(), max_tokens=self._options.max_tokens)
+        encoded = self._loaded.encode_rows(texts.to_pylist(), self._dtype, max_tokens=self._options.max_tokens)
         status = np.where(encoded.truncated, STATUS_TRUNCATED, 0).astype(np.uint8)
-        return quantise(encoded.vectors, self._dtype), status, int(encoded.tokens.sum())
+        return encoded.rows, status, int(encoded.tokens.sum())
 
     def _load(self) -> Encoder:
         from flipkd.models.encoder import load_encoder

@@ -25,6 +25,8 @@ from transformers import (
     RobertaModel,
 )
 
+from tests.small_models import make_base
+
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", "</s>", "<pad>"]
 MakeFolder = Callable[..., Path]
 
@@ -123,3 +125,18 @@ def make_folder(tmp_path: Path) -> MakeFolder:
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory, small_vocabulary: Tokenizer) -> Path:
+    """A small vocabulary (a real one takes a second for each load) with a chat template."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer = wrapped(small_vocabulary, pad_token="<pad>", eos_token="<|endoftext|>")
+    tokenizer.chat_template = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"
+    tokenizer.save_pretrained(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llama_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Path:
+    return make_base(tmp_path_factory.mktemp("llama"), tokenizer_dir, 0)

@@ -17,7 +17,6 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
-from tokenizers import Tokenizer
 
 from flipkd.cli import main
 from flipkd.config import RunOptions
@@ -31,7 +30,6 @@ from flipkd.models.folder import folder_fingerprint
 from flipkd.models.options import StudentOptions
 from flipkd.models.student import Student
 from tests.conftest import WriteParquet
-from tests.models.conftest import wrapped
 from tests.models.test_packed import CLASSES, WINDOWED, shaken
 from tests.small_models import make_base
 
@@ -55,21 +53,6 @@ def cosines(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 def make_student(base: Path, **options: Any) -> Student:
     usual = {"layer": 2, "dimension": 8, "rank": 4, "max_length": 40}
     return shaken(new_student(StudentOptions(str(base), **{**usual, **options})))
-
-
-@pytest.fixture(scope="module")
-def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory, small_vocabulary: Tokenizer) -> Path:
-    """A small vocabulary (a real one takes a second for each load) with a chat template."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    tokenizer = wrapped(small_vocabulary, pad_token="<pad>", eos_token="<|endoftext|>")
-    tokenizer.chat_template = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"
-    tokenizer.save_pretrained(str(folder))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def llama_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Path:
-    return make_base(tmp_path_factory.mktemp("llama"), tokenizer_dir, 0)
 
 
 @pytest.fixture(scope="module")

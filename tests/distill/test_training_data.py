@@ -1,0 +1,116 @@
+"""Unlabelled pairs beside labelled ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flipkd.distill.config import LossOptions, TrainConfig
+from flipkd.distill.data import TrainingPairs, read_training_pairs
+from flipkd.distill.train import train
+from flipkd.distill.training_data import read_training_data, with_unlabelled
+from flipkd.errors import ConfigError, InputError
+from tests.distill.conftest import MakeConfig
+
+
+@pytest.fixture
+def unlabelled(pairs_dir: Path, tmp_path: Path) -> Path:
+    """Pairs of texts that the labelled pairs hold and of others; their labels are wrong on purpose."""
+    table = pq.read_table(pairs_dir)
+    rights = [f"{text} again" if row % 2 else text for row, text in enumerate(table["right_text"].to_pylist())]
+    columns = {
+        "left_text": table["left_text"],
+        "right_text": rights[::-1],
+        "label": pa.array([7] * len(rights)),
+        "teacher_score": np.linspace(0, 1, len(rights), dtype=np.float32),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "unlabelled.parquet")
+    return tmp_path / "unlabelled.parquet"
+
+
+def weights(config: TrainConfig) -> dict[str, torch.Tensor]:
+    return load_file(Path(config.output) / "adapter" / "adapter_model.safetensors")
+
+
+def test_both_stand_over_the_texts_of_both(make_config: MakeConfig, unlabelled: Path) -> None:
+    data = read_training_data(make_config(unlabelled=str(unlabelled)))
+    assert data.unlabelled is not None
+    assert data.unlabelled.labels is None
+    both = with_unlabelled(data.pairs, data.unlabelled)
+    assert len(set(both.texts)) == len(both.texts)
+    assert both.labels is not None
+    count = len(data.pairs)
+    assert np.isnan(both.labels[count:]).all()
+    assert not np.isnan(both.labels[:count]).any()
+    for part, pairs in ((slice(0, count), data.pairs), (slice(count, None), data.unlabelled)):
+        assert [both.texts[place] for place in both.left[part]] == [pairs.texts[place] for place in pairs.left]
+        assert [both.texts[place] for place in both.right[part]] == [pairs.texts[place] for place in pairs.right]
+
+
+def test_each_text_keeps_its_teacher_vector() -> None:
+    def pairs(texts: list[str], first: float) -> TrainingPairs:
+        vectors = np.arange(first, first + len(texts), dtype=np.float32)[:, None]
+        places = np.arange(len(texts) - 1)
+        return TrainingPairs(texts, places, places + 1, None, np.zeros(len(places), np.float32), vectors)
+
+    both = with_unlabelled(pairs(["a", "b", "c"], 0), pairs(["d", "b", "e"], 10))
+    assert both.texts == ["a", "b", "c", "d", "e"]
+    assert both.teacher_vectors is not None
+    assert both.teacher_vectors[:, 0].tolist() == [0, 1, 2, 10, 12]
+    assert both.labels is None
+
+
+def test_labels_of_unlabelled_pairs_are_not_read_and_every_batch_has_both(
+    make_config: MakeConfig, unlabelled: Path
+) -> None:
+    options = {"unlabelled": str(unlabelled), "unlabelled_batch_pairs": 9, "steps": 3}
+    config = make_config(**options)
+    train(config)
+    first = weights(config)
+    table = pq.read_table(unlabelled)
+    pq.write_table(table.drop_columns("label"), unlabelled)
+    again = make_config(**options, output=config.output + "-again")
+    train(again)
+    assert first.keys() == weights(again).keys()
+    assert all(torch.equal(value, weights(again)[name]) for name, value in first.items())
+    without = make_config(steps=3, output=config.output + "-without")
+    train(without)
+    assert not all(torch.equal(value, weights(without)[name]) for name, value in first.items())
+
+
+def test_what_needs_labels_learns_nothing_from_unlabelled_pairs(make_config: MakeConfig, unlabelled: Path) -> None:
+    ends = []
+    for name, options in (("with", {"unlabelled": str(unlabelled)}), ("without", {})):
+        config = make_config(
+            output=make_config().output + name,
+            loss=LossOptions(weight_pairs=0, weight_matrix=0, weight_lm=0.5),
+            student={"whole_tower": True},
+            start="random",
+            steps=3,
+            **options,
+        )
+        train(config)
+        ends.append(weights(config))
+    for name in ends[0]:
+        torch.testing.assert_close(ends[0][name], ends[1][name], atol=1e-5, rtol=1e-3)
+
+
+def test_unlabelled_pairs_need_scores_of_the_same_teacher(
+    make_config: MakeConfig, unlabelled: Path, pairs_dir: Path
+) -> None:
+    pairs = read_training_pairs(str(pairs_dir))
+    for missing in ("teacher", "facts"):
+        other = read_training_pairs(str(unlabelled), ignores_labels=True)
+        object.__setattr__(other, missing, None if missing == "teacher" else object())
+        kind = ConfigError if missing == "teacher" else InputError
+        with pytest.raises(kind, match="flipkd-batch teach"):
+            with_unlabelled(pairs, other)
+    pq.write_table(pq.read_table(unlabelled).drop_columns("teacher_score"), unlabelled)
+    with pytest.raises(ConfigError, match="teach"):
+        train(make_config(unlabelled=str(unlabelled)))
