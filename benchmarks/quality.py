@@ -117,8 +117,8 @@ def main() -> None:
     """Compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two steps on few pairs, in a folder that is deleted")
-    parser.add_argument("--datasets", type=_names(DATASETS), help="default: all; icd9 with --quick")
-    parser.add_argument("--methods", type=_names(METHODS), default=list(METHODS))
+    parser.add_argument("--datasets", type=names_of(DATASETS), help="default: all; icd9 with --quick")
+    parser.add_argument("--methods", type=names_of(METHODS), default=list(METHODS))
     parser.add_argument("--steps", type=int, default=Settings.steps, help="of every student")
     parser.add_argument("--dtype", choices=("float32", "bf16"), default=Settings.dtype, help="of the students' blocks")
     parser.add_argument("--seed", type=int, default=0)
@@ -143,7 +143,7 @@ def main() -> None:
     report("quality", results.rows, ratios(results.rows), correct)
 
 
-def _names(known: Iterable[str]) -> Callable[[str], list[str]]:
+def names_of(known: Iterable[str]) -> Callable[[str], list[str]]:
     def parse(value: str) -> list[str]:
         names = value.split(",")
         unknown = [name for name in names if name not in known]

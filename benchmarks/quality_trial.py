@@ -137,7 +137,7 @@ class Trial:
         encode = _encoder(minilm_folder())
         splits, count = self._data.splits(), self._settings.pairs
         if count is not None:
-            splits = PairSplits(*(_some(each, count) for each in _each(splits)))
+            splits = PairSplits(*(some_pairs(each, count) for each in _each(splits)))
         return PairSplits(*(with_nearest(each, encode) for each in _each(splits)))
 
     @cached_property
@@ -264,7 +264,7 @@ def _each(splits: PairSplits) -> tuple[PairSet, PairSet, PairSet]:
     return splits.train, splits.validation, splits.test
 
 
-def _some(pairs: PairSet, count: int) -> PairSet:
+def some_pairs(pairs: PairSet, count: int) -> PairSet:
     """Some pairs of both classes, whatever their order."""
     return pairs.take(np.random.default_rng(0).permutation(len(pairs))[:count])
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from flipkd.models.options import StudentOptions as StudentOptions
     from flipkd.report.config import EvaluateConfig as EvaluateConfig
     from flipkd.report.evaluate import evaluate as evaluate
+    from flipkd.run.cascade import score_and_rescore as score_and_rescore
     from flipkd.run.encode import encode as encode
     from flipkd.run.pipeline import score as score
     from flipkd.run.rescore import rescore as rescore
@@ -58,6 +59,7 @@ _HOMES = {
     "quantise": ("flipkd.vectors.rows", "quantise"),
     "rescore": ("flipkd.run.rescore", "rescore"),
     "score": ("flipkd.run.pipeline", "score"),
+    "score_and_rescore": ("flipkd.run.cascade", "score_and_rescore"),
     "score_pairs": ("flipkd.api", "score_pairs"),
     "teach": ("flipkd.run.teach", "teach"),
     "train": ("flipkd.distill.train", "train"),

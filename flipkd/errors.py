@@ -8,7 +8,8 @@
     │   └── ConflictingRecordsError     one record id, two different texts
     ├── OutputError                 the output folder cannot be used: not writable, full, another run's
     │   └── OutputInUseError            another live job holds the lock
-    ├── ModelError                  a model folder that cannot be loaded, or may not be
+    ├── ModelError                  a model folder that cannot be loaded, or may not be; an engine that died
+    │   └── NotFiniteError              a model gives numbers that are not finite
     ├── KernelError                 a kernel that was asked for by name cannot run here
     └── ClusterError                the Ray job stalled, lost its workers, or spent its error budget
 
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import os
 import traceback
+from collections.abc import Sequence
 
 _PACKAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "")
 
@@ -53,7 +55,20 @@ class OutputInUseError(OutputError):
 
 
 class ModelError(FlipkdError):
-    """A model folder that cannot be loaded, or may not be."""
+    """A model folder that cannot be loaded, or may not be, or an engine that died."""
+
+
+class NotFiniteError(ModelError):
+    """A model gives numbers that are not finite.
+
+    Args:
+        message: as of every error.
+        places: of the inputs that it gives them for.
+    """
+
+    def __init__(self, message: str, places: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.places = list(places)
 
 
 class KernelError(FlipkdError):

@@ -22,6 +22,7 @@ from flipkd.cli.options import (
     take_encoder,
     take_run,
 )
+from flipkd.cli.rescore import stage_options, take_stage
 from flipkd.config import EncodeConfig, ScoreConfig
 from flipkd.errors import ConfigError
 
@@ -75,30 +76,51 @@ def encode(as_json: bool, log_level: str, forget: str | None, **options: Any) ->
 )
 @click.option("--calibration", help="calibration.json of evaluate: add the column probability.")
 @click.option("--rows-per-unit", type=int, default=4_000_000, show_default=True, help="Pairs in one work unit.")
-@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@click.option("--rescore-scores", metavar="FOLDER", help="Keep the scores from before the LLM. Default: deleted.")
+@click.option(
+    "--dry-run", is_flag=True, help="Print the plan and stop; with --rescore-llm also the time, from a measured sample."
+)
 @cache_options
 @records_options
 @encoder_options
 @run_options
 @metrics_options
 @common_options
-def score(as_json: bool, log_level: str, dry_run: bool, **options: Any) -> None:
-    """Score pairs: ids into a store, ids into record tables, or inline texts."""
+def score(as_json: bool, log_level: str, dry_run: bool, rescore_scores: str | None, **options: Any) -> None:
+    """Score pairs: ids into a store, ids into record tables, or inline texts.
+
+    With --rescore-llm an LLM answers for the uncertain pairs in the same job (see rescore): OUTPUT holds the copy with
+    its answers.
+    """
     set_up_logging(log_level)
-    encoder = take_encoder(options)
+    encoder, run = take_encoder(options), take_run(options)
+    second = take_stage(options, run)
+    if second is None and rescore_scores is not None:
+        raise ConfigError("--rescore-scores needs --rescore-llm")
     columns = options.pop("columns")
     config = ScoreConfig(
         encoder=encoder if encoder.folder else None,
-        run=take_run(options),
+        run=run,
         columns=None if columns is None else tuple(name.strip() for name in columns.split(",") if name.strip()),
         **options,
     )
+    if second is not None:
+        from flipkd.run import cascade, cascade_cost
+
+        if dry_run:
+            print_values(cascade_cost.dry_run(config, second), as_json)
+            return
+        report_job(cascade.score_and_rescore(config, second, rescore_scores), config.output, as_json)
+        return
     from flipkd.run import pipeline
 
     if dry_run:
         print_values(pipeline.dry_run(config), as_json)
         return
     report_job(pipeline.score(config), config.output, as_json)
+
+
+score.params += stage_options()
 
 
 @click.command()

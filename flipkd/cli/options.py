@@ -174,7 +174,8 @@ def report_job(manifest: dict[str, Any], output: str, as_json: bool) -> None:
             f"{manifest['rows_per_second']:.0f} rows/s; in {output}"
         )
     if not manifest["complete"]:
-        skipped = len(manifest["skipped_shards"]) + len(manifest["skipped_units"])
+        parts = [manifest, *manifest.get("stages", {}).values()]
+        skipped = sum(len(part.get(key, ())) for part in parts for key in ("skipped_shards", "skipped_units"))
         say(f"partial: {skipped} files or units were skipped; see _manifest.json in {output}", logging.WARNING)
         sys.exit(3)
 

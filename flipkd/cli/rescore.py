@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from flipkd.cli.options import (
     common_options,
@@ -16,10 +19,22 @@ from flipkd.cli.options import (
     set_up_logging,
     take_run,
 )
+from flipkd.config import RunOptions
+from flipkd.errors import ConfigError
 from flipkd.models.llm_options import LlmOptions
 from flipkd.run.rescore_config import RescoreConfig
 
-_LLM = ("engine", "prompt_file", "chat_template", "both_orders", "device", "max_length", "max_tokens")
+_LLM = (
+    "engine", "prompt_file", "labels", "chat_template", "both_orders", "device", "max_length", "max_tokens",
+    "share_prefixes", "trust_remote_code",
+)  # fmt: skip
+# What ``score`` takes for its second stage, of the options above: whom to ask, what, and how wide a stage it is. The
+# rest is the same for both (columns, Ray, errors, progress), or the job's own.
+_OF_THE_STAGE = (
+    "llm", "llm_dtype", *_LLM, "band", "budget", "records", "right_records", "threshold", "combine", "fit_labels",
+    "rows_per_unit", "workers", "threads", "gpus",
+)  # fmt: skip
+_PREFIX = "rescore_"
 
 
 def _band(_: click.Context, __: click.Parameter, value: str | None) -> tuple[float, float] | None:
@@ -86,15 +101,59 @@ def _labels(_: click.Context, __: click.Parameter, value: str | None) -> tuple[s
 @run_options
 @metrics_options
 @common_options
-def rescore(as_json: bool, log_level: str, dry_run: bool, llm: str, llm_dtype: str, **options: Any) -> None:
+def rescore(as_json: bool, log_level: str, dry_run: bool, **options: Any) -> None:
     """Let an LLM answer for the pairs near the threshold."""
     set_up_logging(log_level)
-    names = (*_LLM, "labels", "share_prefixes", "trust_remote_code")
-    asked = LlmOptions(folder=llm, dtype=llm_dtype, **{name: options.pop(name) for name in names})  # type: ignore[arg-type]
-    config = RescoreConfig(llm=asked, run=take_run(options), **options)
+    config = RescoreConfig(llm=_take_llm(options), run=take_run(options), **options)
     from flipkd.run import rescore as run
 
     if dry_run:
         print_values(run.dry_run(config), as_json)
         return
     report_job(run.rescore(config), config.output, as_json)
+
+
+def _take_llm(options: dict[str, Any]) -> LlmOptions:
+    folder, dtype = options.pop("llm"), options.pop("llm_dtype")
+    return LlmOptions(folder=folder, dtype=dtype, **{name: options.pop(name) for name in _LLM})
+
+
+def stage_options() -> list[click.Parameter]:
+    """The options of ``rescore`` that ``score`` has too, as ``--rescore-...``; none is required there."""
+    found: list[click.Parameter] = []
+    for parameter in rescore.params:
+        if parameter.name not in _OF_THE_STAGE:
+            continue
+        one = copy.copy(parameter)
+        one.name, one.required = f"{_PREFIX}{parameter.name}", False
+        one.opts = [flag.replace("--", "--rescore-") for flag in parameter.opts]
+        one.secondary_opts = [flag.replace("--no-", "--no-rescore-") for flag in parameter.secondary_opts]
+        found.append(one)
+    return found
+
+
+def take_stage(options: dict[str, Any], run: RunOptions) -> RescoreConfig | None:
+    """Takes what the options of ``stage_options`` say; None where they name no LLM.
+
+    Args:
+        options: of ``score``; those of the stage are removed.
+        run: how the first stage runs: the second has workers, threads and GPUs of its own.
+
+    Raises:
+        ConfigError: an option of the stage is given without ``--rescore-llm``.
+    """
+    context = click.get_current_context()
+    names = [name for name in options if name.startswith(_PREFIX)]
+    given = [name for name in names if context.get_parameter_source(name) is not ParameterSource.DEFAULT]
+    taken = {name.removeprefix(_PREFIX): options.pop(name) for name in names}
+    if taken["llm"] is None:
+        if given:
+            raise ConfigError(f"--{given[0].replace('_', '-')} needs --rescore-llm")
+        return None
+    own = replace(
+        run, workers=taken.pop("workers"), threads=taken.pop("threads") or run.threads, gpus=taken.pop("gpus")
+    )
+    try:
+        return RescoreConfig(llm=_take_llm(taken), run=own, scores="", output="", **taken)
+    except ConfigError as error:
+        raise ConfigError(f"second stage (--rescore-...): {error}") from error

@@ -20,6 +20,7 @@ _HELP = {
     "dropout": "Dropout of LoRA's input.",
     "max_length": "Most tokens per text.",
     "whole_tower": "Load all blocks, with LoRA in each, for the language model's loss.",
+    "prompt_version": "Which question the language model's loss asks; 2 shares more of it between pairs.",
     "trust_remote_code": "Let Python code in the student's folder run.",
     "weight_mcl": "Weight of the margin-aware contrastive loss.",
     "weight_pairs": "Weight of the squared error to the teacher over the pairs.",

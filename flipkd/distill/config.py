@@ -156,4 +156,7 @@ class TrainConfig:
         values = asdict(self)
         for name in ("run", "output", "log_every", "keep_checkpoints"):
             del values[name]
+        if not self.loss.trains_language_model or self.student.prompt_version == 1:
+            # Not asked, or what all runs asked before there were versions: such a run is still the same one.
+            del values["student"]["prompt_version"]
         return values

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -28,6 +30,33 @@ def answer_logits(student: Student, prompts: Sequence[Sequence[int]]) -> Tensor:
         head = student.model.get_base_model().lm_head
         logits: Tensor = head(pool_texts(states, packed, "last").to(head.weight.dtype)).float()
     return logits
+
+
+def answer_log_odds(
+    student: Student, prompt: PairPrompt, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], max_tokens: int
+) -> npt.NDArray[np.float64]:
+    """Log-odds of a match in the student's own answers, float64 [P]; without gradients and dropout.
+
+    Args:
+        student, prompt, max_tokens: as in ``backward_language_model``.
+        pairs: P pairs as token ids without special tokens.
+    """
+    # One prompt for each beginning of a label: () alone where both labels are one token.
+    begins = sorted({label[:place] for label in prompt.labels for place in range(len(label))})
+    prompts = [[*prompt.ids(left, right), *begun] for left, right in pairs for begun in begins]
+    training = student.training
+    student.eval()
+    odds = torch.zeros(len(pairs), dtype=torch.float64, device=student.device)
+    with torch.no_grad():
+        for places in token_chunks(prompts, max_tokens):
+            logs = answer_logits(student, [prompts[place] for place in places]).log_softmax(-1).double()
+            for row, place in enumerate(places):
+                pair, begun = place // len(begins), begins[place % len(begins)]
+                for sign, label in zip((-1, 1), prompt.labels, strict=True):
+                    if len(label) > len(begun) and label[: len(begun)] == begun:
+                        odds[pair] += sign * logs[row, label[len(begun)]]
+    student.train(training)
+    return odds.cpu().numpy()
 
 
 def backward_language_model(

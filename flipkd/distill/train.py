@@ -33,7 +33,7 @@ from flipkd.distill.training_data import TrainingData, read_training_data, with_
 from flipkd.distill.validation import deciding_value, validate
 from flipkd.errors import ConfigError, ModelError
 from flipkd.models.adapter import base_fingerprint, new_student
-from flipkd.models.llm_prompt import TRAINED_PROMPT, pair_prompt
+from flipkd.models.llm_prompt import TRAINED_PROMPTS, pair_prompt
 from flipkd.models.student import Student
 from flipkd.run.job import available_cores
 from flipkd.run.manifest import versions
@@ -164,7 +164,8 @@ class _Training:
         self._optimizer = torch.optim.AdamW(
             self._parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
-        self._prompt = pair_prompt(TRAINED_PROMPT, student.tokenizer) if config.loss.trains_language_model else None
+        words = TRAINED_PROMPTS[config.student.prompt_version]
+        self._prompt = pair_prompt(words, student.tokenizer) if config.loss.trains_language_model else None
 
     def run(self) -> None:
         """From the last checkpoint to the last step."""
@@ -279,7 +280,14 @@ class _Training:
         config = self._config
         told = torch.zeros(2, dtype=torch.float64, device=self._student.device)
         if self._leads:
-            line["validation"] = validate(self._student, pairs, self._validation_ids, config.max_tokens)
+            line["validation"] = validate(
+                self._student,
+                pairs,
+                self._validation_ids,
+                config.max_tokens,
+                self._prompt,
+                trains_vectors=config.loss.objective != "lm",
+            )
             value = deciding_value(line["validation"])
             told[:] = torch.tensor([0.0 if value is None else 1.0, value or 0.0])
         has_value, value = self._workers.sum(told).tolist()

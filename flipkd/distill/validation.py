@@ -9,10 +9,19 @@ import numpy as np
 import numpy.typing as npt
 
 from flipkd.distill.data import TrainingPairs
+from flipkd.distill.language_model import answer_log_odds
+from flipkd.models.llm_prompt import PairPrompt
 from flipkd.models.student import Student
 
 
-def validate(student: Student, pairs: TrainingPairs, ids: Sequence[Sequence[int]], max_tokens: int) -> dict[str, float]:
+def validate(
+    student: Student,
+    pairs: TrainingPairs,
+    ids: Sequence[Sequence[int]],
+    max_tokens: int,
+    prompt: PairPrompt | None = None,
+    trains_vectors: bool = True,
+) -> dict[str, float]:
     """Scores held-out pairs.
 
     Args:
@@ -20,16 +29,29 @@ def validate(student: Student, pairs: TrainingPairs, ids: Sequence[Sequence[int]
         pairs: P held-out pairs.
         ids: token ids of their texts.
         max_tokens: tokens in one pass.
+        prompt: of the language model's loss, where it is trained.
+        trains_vectors: whether the vectors are trained too.
 
     Returns:
         With labels of both classes ``auc`` (area under the ROC curve), ``average_precision``, ``f1`` and
         ``f1_threshold`` (the best over all thresholds: an upper bound for a threshold set elsewhere). With teacher
-        scores ``spearman`` (rank correlation with them).
+        scores ``spearman`` (rank correlation with them). With a prompt the former four of the student's own answers:
+        ``answer_auc`` and so on (thresholds are of log-odds).
     """
+    found: dict[str, float] = {}
+    is_labelled = pairs.labels is not None and 0 < pairs.labels.sum() < len(pairs)
+    if prompt is not None and is_labelled:
+        bodies = [student.body(text) for text in ids]
+        asked = [(bodies[left], bodies[right]) for left, right in zip(pairs.left, pairs.right, strict=True)]
+        odds = answer_log_odds(student, prompt, asked, max_tokens)
+        assert pairs.labels is not None
+        found |= {f"answer_{name}": value for name, value in label_metrics(pairs.labels, odds).items()}
+    if not trains_vectors:
+        return found
     vectors = student.encode_tokens(ids, max_tokens).cpu().numpy()
     scores = np.einsum("pd,pd->p", vectors[pairs.left], vectors[pairs.right])
-    found: dict[str, float] = {}
-    if pairs.labels is not None and 0 < pairs.labels.sum() < len(pairs):
+    if is_labelled:
+        assert pairs.labels is not None
         found |= label_metrics(pairs.labels, scores)
     if pairs.teacher is not None:
         from scipy.stats import spearmanr
@@ -55,5 +77,8 @@ def label_metrics(labels: npt.NDArray[Any], scores: npt.NDArray[Any]) -> dict[st
 
 
 def deciding_value(metrics: dict[str, float]) -> float | None:
-    """What early stopping and the choice of the best step go by: AUC, else the correlation with the teacher."""
-    return metrics.get("auc", metrics.get("spearman"))
+    """What early stopping and the choice of the best step go by.
+
+    The vectors' AUC, else their correlation with the teacher; where they are not trained, the AUC of the answers.
+    """
+    return metrics.get("auc", metrics.get("spearman", metrics.get("answer_auc")))

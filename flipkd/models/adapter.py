@@ -18,7 +18,7 @@ from torch import Tensor
 from flipkd.data.json_files import parse_object
 from flipkd.errors import ConfigError, ModelError
 from flipkd.models.folder import files_fingerprint, find_folder
-from flipkd.models.options import StudentOptions
+from flipkd.models.options import StudentOptions, saved_options
 from flipkd.models.packed import ATTENTION, register
 from flipkd.models.student import Student, cut_config
 from flipkd.models.trust import check_code, check_weights
@@ -130,7 +130,7 @@ def _read_adapter(
 
     try:
         facts = parse_object((path / STUDENT_FILE).read_bytes())
-        values = {**facts["options"], "target_modules": tuple(facts["options"]["target_modules"])}
+        values = saved_options(facts)
         values |= {"folder": base or values["folder"], "trust_remote_code": trust_remote_code}
         options = StudentOptions(**values)
         weights = load_file(path / WEIGHTS_FILE)

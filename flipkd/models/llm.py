@@ -19,7 +19,8 @@ from flipkd.data.json_files import parse_object
 from flipkd.errors import ConfigError, ModelError
 from flipkd.models.folder import files_fingerprint, find_folder
 from flipkd.models.llm_options import LlmOptions
-from flipkd.models.llm_prompt import TRAINED_PROMPT, PromptedPairs, PromptTokenizer, pair_prompt, read_prompt
+from flipkd.models.llm_prompt import TRAINED_PROMPTS, PromptedPairs, PromptTokenizer, pair_prompt, read_prompt
+from flipkd.models.options import PROMPT_VERSIONS, saved_options
 from flipkd.models.parallel import not_finite
 from flipkd.models.settings import read_json
 from flipkd.models.trust import check_code, check_weights, known_form
@@ -48,11 +49,13 @@ class LlmFolder:
         base: folder of the model and its tokenizer.
         adapter: folder of the adapter that ``train`` made; None for a plain model.
         text_tokens: most tokens of a text in the adapter's training.
+        prompt_version: what the adapter was asked in its training; a plain model is asked the newest.
     """
 
     base: Path
     adapter: Path | None = None
     text_tokens: int | None = None
+    prompt_version: int = PROMPT_VERSIONS[-1]
 
     def fingerprint(self) -> str:
         """Hex hash over the files that decide its answers."""
@@ -185,9 +188,10 @@ def _read_llm(path: Path) -> LlmFolder:
 def _student_folder(path: Path) -> LlmFolder:
     try:
         facts = parse_object((path / _STUDENT_FILE).read_bytes())
-        options, wanted = facts["options"], facts["base_fingerprint"]
+        options, wanted = saved_options(facts), facts["base_fingerprint"]
         base = find_folder(options["folder"])
         text_tokens, trains_all = int(options["max_length"]), bool(options["whole_tower"])
+        version = int(options["prompt_version"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path} holds no whole student: {type(error).__name__}: {error}") from error
     if files_fingerprint(base) != wanted:
@@ -197,14 +201,16 @@ def _student_folder(path: Path) -> LlmFolder:
             "%s was trained without --whole-tower: it never learned to answer, only to encode; expect poor answers",
             path,
         )
-    return LlmFolder(base, path, text_tokens)
+    if version not in TRAINED_PROMPTS:
+        raise ModelError(f"{path}: was trained with prompt {version}, which this version of flipkd does not know")
+    return LlmFolder(base, path, text_tokens, version)
 
 
 def _prompts(options: LlmOptions, folder: LlmFolder) -> PromptTokenizer:
     from transformers import AutoTokenizer
 
     if options.prompt_file is None:
-        text = TRAINED_PROMPT
+        text = TRAINED_PROMPTS[folder.prompt_version]
     else:
         assert options.labels is not None  # LlmOptions says so
         match, no_match = options.labels

@@ -42,10 +42,14 @@ class PromptText:
     is_chat: bool = False
 
 
-# What training asks.
-TRAINED_PROMPT = PromptText(
-    "First record: ", "\nSecond record: ", "\nDo both name the same thing, yes or no? Answer:", (" no", " yes")
-)
+# What training asks, by version; a run keeps the version that it was trained with. In version 2 the question stands
+# before the texts, so that pairs with one left text have all but the right text and the cue in common.
+TRAINED_PROMPTS = {
+    1: PromptText(
+        "First record: ", "\nSecond record: ", "\nDo both name the same thing, yes or no? Answer:", (" no", " yes")
+    ),
+    2: PromptText("Do both lines name the same thing, yes or no?\n", "\n", "\nAnswer:", (" no", " yes")),
+}
 
 
 def read_prompt(path: str | Path, labels: tuple[str, str], is_chat: bool) -> PromptText:

@@ -30,7 +30,7 @@ from flipkd.models.llm_prompt import PairPrompt, PromptedPairs
 from flipkd.models.progress import tell
 
 # Tokens of a batch, keys and values of its prefixes included: what bounds memory. Our guesses, not measured.
-_MAX_TOKENS = {"cpu": 4096, "cuda": 65536}
+MAX_TOKENS = {"cpu": 4096, "cuda": 65536}
 # Tokens by which the texts of a batch differ at most: the head gives logits at so many places for every one of them.
 _MOST_PADDING = 4
 
@@ -100,7 +100,7 @@ def load_torch_engine(folder: LlmFolder, options: LlmOptions, prompt: PairPrompt
         exact=cache(partial(load, torch.float32)) if is_bf16 else None,
         device=device,
         threads=1 if device.type == "cuda" else threads or torch.get_num_threads(),
-        max_tokens=options.max_tokens or _MAX_TOKENS[device.type],
+        max_tokens=options.max_tokens or MAX_TOKENS[device.type],
         share_prefixes=options.share_prefixes,
     )
 
@@ -167,6 +167,13 @@ class TorchEngine:
             )
             sums[bad] = exact.label_log_probabilities(chosen)
         return np.where(np.isfinite(sums), sums, np.nan)
+
+    def computed_tokens(self, prompts: PromptedPairs) -> int:
+        """Tokens that prompts put through the model, padding left out."""
+        tasks = list(self._tasks(prompts))
+        rows = sum(len(row.ids) for task in tasks for row in task.rows)
+        instruction = len(self._prompt.before) if self._shares and tasks else 0
+        return instruction + rows + sum(len(prefix) for task in tasks for prefix in task.prefixes)
 
     def _run(self, prompts: PromptedPairs) -> np.ndarray:
         sums = np.full((len(prompts.own), 2), np.nan)

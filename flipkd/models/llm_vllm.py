@@ -68,7 +68,11 @@ class VllmEngine:
             raise ModelError(f"{folder.base}: vLLM cannot load this model: {type(error).__name__}: {error}") from error
 
     def label_log_probabilities(self, prompts: PromptedPairs) -> np.ndarray:
-        """See ``flipkd.models.llm.Engine``."""
+        """See ``flipkd.models.llm.Engine``.
+
+        Raises:
+            ModelError: the engine, a process of its own, died or refused the prompts.
+        """
         from vllm import SamplingParams
 
         count = len(prompts.own)
@@ -80,17 +84,20 @@ class VllmEngine:
                 following.setdefault(label[:place], set()).add(token)
         for begun, tokens in following.items():
             wanted = sorted(tokens)
-            found = self._llm.generate(
-                [
-                    {"prompt_token_ids": [*shared, *own, *begun]}
-                    for shared, own in zip(prompts.shared, prompts.own, strict=True)
-                ],
-                SamplingParams(
-                    max_tokens=1, temperature=0.0, logprob_token_ids=wanted, ignore_eos=True, detokenize=False
-                ),
-                use_tqdm=False,
-                lora_request=self._adapter,
+            asked = [
+                {"prompt_token_ids": [*shared, *own, *begun]}
+                for shared, own in zip(prompts.shared, prompts.own, strict=True)
+            ]
+            answer = SamplingParams(
+                max_tokens=1, temperature=0.0, logprob_token_ids=wanted, ignore_eos=True, detokenize=False
             )
+            try:
+                found = self._llm.generate(asked, answer, use_tqdm=False, lora_request=self._adapter)
+            except Exception as error:  # vLLM raises whatever it meets; its words may hold the prompt
+                raise ModelError(
+                    f"vLLM's engine failed while it answered ({type(error).__name__}); its own log says why; what is "
+                    "finished is kept, run again"
+                ) from None
             logs = np.array([[one.outputs[0].logprobs[0][token].logprob for token in wanted] for one in found])
             for number, label in enumerate(self._labels):
                 if len(label) > len(begun) and label[: len(begun)] == begun and count:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from flipkd.errors import ConfigError
 
+PROMPT_VERSIONS = (1, 2)
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _KNOWN = {"projection": ("q", "k", "v"), "pooling": ("mean", "last"), "dtype": ("float32", "bf16")}
 
@@ -28,6 +30,7 @@ class StudentOptions:
         max_length: most tokens per text.
         dtype: what the blocks compute in; LoRA's weights, pooling and the projection are float32.
         whole_tower: load all blocks, with LoRA in each, so that the language model's loss can be trained too.
+        prompt_version: which question the language model's loss asks (``flipkd.models.llm_prompt``).
         trust_remote_code: whether Python code in the folder may run.
     """
 
@@ -43,6 +46,7 @@ class StudentOptions:
     max_length: int = 128
     dtype: Literal["float32", "bf16"] = "float32"
     whole_tower: bool = False
+    prompt_version: int = PROMPT_VERSIONS[-1]
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
@@ -56,6 +60,19 @@ class StudentOptions:
         for name, known in _KNOWN.items():
             if getattr(self, name) not in known:
                 raise ConfigError(f"--{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+        if self.prompt_version not in PROMPT_VERSIONS:
+            known_versions = ", ".join(map(str, PROMPT_VERSIONS))
+            raise ConfigError(f"--prompt-version must be one of {known_versions}, not {self.prompt_version}")
         unknown = set(self.target_modules) - set(LINEAR_LAYERS)
         if unknown or not self.target_modules:
             raise ConfigError(f"--target-modules must be some of {', '.join(LINEAR_LAYERS)}")
+
+
+def saved_options(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of ``StudentOptions`` from a ``student.json``; before prompts had versions, all asked the first one.
+
+    Raises:
+        KeyError: the file holds no options.
+    """
+    options = {"prompt_version": 1, **facts["options"]}
+    return {**options, "target_modules": tuple(options["target_modules"])}

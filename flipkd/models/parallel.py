@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flipkd.errors import ModelError
+from flipkd.errors import NotFiniteError
 
 if TYPE_CHECKING:
     import torch
@@ -136,7 +136,7 @@ def loaded_at_first_use(load: Callable[[], Model]) -> Model:
     return model
 
 
-def not_finite(model: str, inputs: str, rows: np.ndarray, places: np.ndarray) -> ModelError:
+def not_finite(model: str, inputs: str, rows: np.ndarray, places: np.ndarray) -> NotFiniteError:
     """The error for results that are not finite, in float32 too.
 
     Args:
@@ -148,7 +148,8 @@ def not_finite(model: str, inputs: str, rows: np.ndarray, places: np.ndarray) ->
     # By place in the input, not by text: records are private.
     bad = np.flatnonzero(np.isin(rows, places))
     shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
-    return ModelError(
+    return NotFiniteError(
         f"the {model} gives numbers that are not finite, in float32 too, for {len(bad)} of the {inputs} "
-        f"(places {shown}); its weights or the texts are out of range"
+        f"(places {shown}); its weights or the texts are out of range",
+        bad.tolist(),
     )

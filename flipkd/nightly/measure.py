@@ -12,12 +12,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 
+from flipkd.data.columns import as_numbers
 from flipkd.data.location import Location, open_location
 from flipkd.data.shards import Shard, ShardReader, find_shards
 from flipkd.errors import ConfigError, InputError
 from flipkd.nightly.stability import share
 from flipkd.report.scan import ScoreCounts
-from flipkd.run.combination import as_numbers
 from flipkd.vectors.index import IdIndex
 from flipkd.vectors.store import VectorStore
 

@@ -13,7 +13,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -197,11 +197,26 @@ def prepare(output: Location, units: Sequence[WorkUnit], overwrite: bool) -> dic
         OutputError: the folder holds files of another run (or of input that has changed) and ``overwrite`` is off, or
             Parquet files that flipkd did not write.
     """
-    names = remove_temporary(output)
     wanted = {unit.output: unit.fingerprint for unit in units}
+    names = own_outputs(output, wanted.keys(), overwrite)
+    return _whole(output, {name: wanted[name] for name in sorted(names)})
+
+
+def own_outputs(output: Location, wanted: Collection[str], overwrite: bool) -> set[str]:
+    """Names of the outputs in the locked folder, which are all wanted.
+
+    Args:
+        output: the folder.
+        wanted: names of this run's outputs.
+        overwrite: whether the outputs of another run are deleted, with all that stands beside them.
+
+    Raises:
+        OutputError: see ``prepare``.
+    """
+    names = remove_temporary(output)
     foreign = names - set(wanted)
     if not foreign:
-        return _whole(output, {name: wanted[name] for name in sorted(names)})
+        return names
     strangers = [name for name in foreign if not _OUTPUT_NAME.search(name)]
     if strangers:
         raise OutputError(
@@ -219,7 +234,7 @@ def prepare(output: Location, units: Sequence[WorkUnit], overwrite: bool) -> dic
             output.filesystem.delete_file(output.child(name).path)
         with contextlib.suppress(FileNotFoundError, pa.ArrowException):
             output.filesystem.delete_file(output.child(MANIFEST).path)
-    return {}
+    return set()
 
 
 def _whole(output: Location, found: Mapping[str, str]) -> dict[str, UnitReport]:

@@ -165,7 +165,9 @@ def _top_k_job(planned: ScorePlan) -> tuple[Job, dict[str, Any]]:
 def summary(manifest: dict[str, Any]) -> dict[str, Any]:
     """What the manifest of a job keeps of one of its stages."""
     kept = ("complete", "units", "rows_in", "rows_out", "reasons", "counts", "seconds", "wall_seconds", "seal_seconds")
-    return {key: manifest[key] for key in (*kept, "store", "cache") if key in manifest}
+    shown = {key: manifest[key] for key in (*kept, "store", "cache") if key in manifest}
+    skipped = {key: manifest[key] for key in ("skipped_shards", "skipped_units") if manifest.get(key)}
+    return {**shown, **skipped}
 
 
 def _remove_work(planned: ScorePlan) -> None:

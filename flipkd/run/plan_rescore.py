@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import pyarrow as pa
 
@@ -56,8 +56,13 @@ class RescorePlan:
     run_fingerprint: str
 
 
-def plan_rescore(config: RescoreConfig) -> RescorePlan:
+def plan_rescore(config: RescoreConfig, owns_scores: bool = False) -> RescorePlan:
     """Reads configurations, schemas and footers, without starting any work.
+
+    Args:
+        config: what was asked for.
+        owns_scores: whether the scores are a stage of the same job. They may lie in the output folder then, and the
+            names of their files tell what is in them, whenever they were written.
 
     Raises:
         ConfigError: an option or a column cannot be used.
@@ -65,7 +70,8 @@ def plan_rescore(config: RescoreConfig) -> RescorePlan:
         ModelError: the folder is no decoder, or the prompt does not fit it.
     """
     scores, output = open_location(config.scores), open_location(config.output)
-    inputs = [("--scores", config.scores), ("--records", config.records), ("--right-records", config.right_records)]
+    inputs = [("--records", config.records), ("--right-records", config.right_records)]
+    inputs += [] if owns_scores else [("--scores", config.scores)]
     refuse_overlap(output, [(option, open_location(uri)) for option, uri in inputs if uri is not None])
     combination = None if config.combine is None else read_combination(config.combine)
     prompts = load_prompts(config.llm)
@@ -74,6 +80,8 @@ def plan_rescore(config: RescoreConfig) -> RescorePlan:
         for location in (open_location(uri) for uri in (config.records, config.right_records) if uri is not None)
     )
     shards = find_shards(scores)
+    if owns_scores:
+        shards = [replace(shard, modified_ns=0) for shard in shards]
     kinds = [id_kind(table, config.id_column, config.text_template) for table in tables]
     has_probability, has_match = _check_columns(config, scores, shards, kinds)
     used = (read_json(scores, MANIFEST, threshold=(float, int, type(None))) or {}).get("threshold")
@@ -94,7 +102,9 @@ def plan_rescore(config: RescoreConfig) -> RescorePlan:
             "column": column.name,
             "band": config.band,
             # Which pairs are the most uncertain depends on all files.
-            "budget": None if config.budget is None else [config.budget, center, _facts(shards)],
+            "budget": None
+            if config.budget is None
+            else [config.budget, center, [shard.name for shard in shards] if owns_scores else _facts(shards)],
             "threshold": threshold,
             "combination": None if combination is None else asdict(combination),
             "pair_columns": config.pair_columns,
@@ -199,7 +209,8 @@ def _check_shard(
         if absent:
             raise ConfigError(
                 f"{source} has no column {absent[0]!r}: the LLM reads texts. Name the columns with --left-text and "
-                "--right-text, or give --records for pairs of ids; score must have passed them on (--columns)"
+                "--right-text, or give --records (--rescore-records) for pairs of ids; score must have passed them on "
+                "(--columns)"
             )
         reader.check_columns(config.pair_columns)
         has_probability = "probability" in names

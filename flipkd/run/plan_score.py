@@ -58,9 +58,7 @@ def plan_score(config: ScoreConfig) -> ScorePlan:
         InputError: an input cannot be read.
     """
     pairs, output = open_location(config.pairs), open_location(config.output)
-    inputs = [("--pairs", config.pairs), ("--records", config.records), ("--right-records", config.right_records)]
-    inputs += [("--store", config.store), ("--right-store", config.right_store)]
-    refuse_overlap(output, [(option, open_location(uri)) for option, uri in inputs if uri is not None])
+    refuse_overlap(output, score_inputs(config))
     calibrated = None if config.calibration is None else read_calibration(config.calibration)
     calibration = None if calibrated is None else calibrated.calibration
     shards = find_shards(pairs)
@@ -139,6 +137,13 @@ def plan_score(config: ScoreConfig) -> ScorePlan:
         },
     )
     return ScorePlan(config, encodes, task, job)
+
+
+def score_inputs(config: ScoreConfig) -> list[tuple[str, Location]]:
+    """What a job reads, by option."""
+    inputs = [("--pairs", config.pairs), ("--records", config.records), ("--right-records", config.right_records)]
+    inputs += [("--store", config.store), ("--right-store", config.right_store)]
+    return [(option, open_location(uri)) for option, uri in inputs if uri is not None]
 
 
 def store_fingerprint(path: str) -> str:

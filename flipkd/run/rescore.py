@@ -8,8 +8,8 @@ not (null where it was).
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from flipkd.data.location import Location
 from flipkd.data.pairs import NOT_SCORED, NOT_SELECTED, distinct_texts, first_reasons, text_reasons
 from flipkd.data.record_texts import RecordTexts, read_record_texts
 from flipkd.data.shards import ShardReader
+from flipkd.errors import NotFiniteError
 from flipkd.models.llm import LlmAnswers, PairLlm, load_llm
 from flipkd.models.llm_options import LlmOptions
 from flipkd.run.combination import Combination, fit_from_output, write_combination
@@ -112,6 +113,9 @@ class RescoreWorker:
 
         Returns:
             The answers for the pairs that have both texts, and [P] position in ``REASONS`` of why others have none.
+
+        Raises:
+            NotFiniteError: the model gives no number for some pairs; ``places`` are rows of the table.
         """
         sides, reasons = [], []
         for place, name in enumerate(self._task.pair_columns):
@@ -127,7 +131,10 @@ class RescoreWorker:
             reasons.append(own)
         reason = first_reasons(*reasons)
         asked = np.flatnonzero(reason == 0)
-        answers = self._llm.score_pairs(*([texts[place] for place in places[asked]] for texts, places in sides))
+        try:
+            answers = self._llm.score_pairs(*([texts[place] for place in places[asked]] for texts, places in sides))
+        except NotFiniteError as error:
+            raise NotFiniteError(str(error), asked[error.places].tolist()) from error
         return answers, reason
 
     def _rescore(self, table: pa.Table, names: Sequence[str], unit: WorkUnit, clock: StageClock) -> ScoredBatch:
@@ -137,7 +144,18 @@ class RescoreWorker:
         reason = np.full(rows, NOT_SELECTED, np.uint8)
         reason[~np.isfinite(values)] = NOT_SCORED
         places = np.flatnonzero(chosen)
-        answers, reason[places] = clock.timed("ask", self.ask, table.select(task.pair_columns).take(pa.array(places)))
+        pairs = table.select(task.pair_columns).take(pa.array(places))
+        try:
+            answers, reason[places] = clock.timed("ask", self.ask, pairs)
+        except NotFiniteError as error:
+            bad = unit.first_row + places[error.places]
+            shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
+            raise NotFiniteError(
+                f"the language model gives numbers that are not finite, in float32 too, for {len(bad)} pairs of "
+                f"{unit.shard.name} of {task.scores.uri} (rows {shown}, counted from 0): its weights or these texts "
+                "are out of range; name another --llm, or leave the pairs out; finished units are kept",
+                error.places,
+            ) from error
         asked = reason == 0
         llm, truncated = np.zeros(rows, np.float32), np.zeros(rows, np.bool_)
         llm[asked], truncated[asked] = answers.probabilities, answers.truncated
@@ -186,11 +204,17 @@ def rescore(config: RescoreConfig) -> dict[str, Any]:
     """
     planned = plan_rescore(config)
     with locked(planned.output), observed("rescore", config.run, planned.output):
-        selection, about = _select(planned)
-        manifest = run_job(_job(planned, selection, about))
-        if config.fit_labels is not None:
-            combination, pairs = fit_from_output(planned.output, config.fit_labels)
-            write_combination(planned.output, combination, pairs)
+        return rescore_planned(planned, {})
+
+
+def rescore_planned(planned: RescorePlan, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Runs a planned job whose output the caller has locked; ``facts`` are further ones for the manifest."""
+    selection, about = _select(planned)
+    job = _job(planned, selection, about)
+    manifest = run_job(replace(job, about={**job.about, **facts}))
+    if planned.config.fit_labels is not None:
+        combination, pairs = fit_from_output(planned.output, planned.config.fit_labels)
+        write_combination(planned.output, combination, pairs)
     return manifest
 
 

@@ -19,6 +19,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
+from sklearn.metrics import roc_auc_score
 
 from flipkd.cli import main
 from flipkd.data.folders import is_whole
@@ -29,6 +30,8 @@ from flipkd.distill.objective import Batch, batch_loss
 from flipkd.distill.train import train
 from flipkd.errors import ConfigError, ModelError, OutputError
 from flipkd.models.adapter import WEIGHTS_FILE, load_student, new_student
+from flipkd.models.llm import load_llm
+from flipkd.models.llm_options import LlmOptions
 from flipkd.run.status import status
 from tests.distill.conftest import MakeConfig
 
@@ -231,11 +234,27 @@ def test_the_language_model_learns_its_answer(make_config: MakeConfig) -> None:
     config = make_config(
         steps=25, learning_rate=1e-2, student={"whole_tower": True}, loss=LossOptions(objective="lm"), evaluate_every=25
     )
-    train(config)
+    found = train(config)["validation"]
     losses = [line["loss_lm"] for line in lines(config) if "loss_lm" in line]
     assert losses[-1] < losses[0] - 0.3
+    # What is validated, and decides which step is the best, are the answers: nobody trains the vectors.
+    assert found.keys() == {"answer_auc", "answer_average_precision", "answer_f1", "answer_f1_threshold"}
     with pytest.raises(ConfigError, match="--whole-tower"):
         make_config(loss=LossOptions(weight_lm=0.1))
+
+
+def test_the_answers_that_are_validated_are_those_of_scoring(make_config: MakeConfig, pairs_dir: Path) -> None:
+    """Beside the vectors' figures, which decide; from the adapter alone, by the engine that scoring uses."""
+    pairs = {"pairs": str(pairs_dir / "part-0.parquet"), "validation": str(pairs_dir / "part-1.parquet")}
+    config = make_config(
+        **pairs, steps=3, evaluate_every=3, student={"whole_tower": True}, loss=LossOptions(weight_lm=0.5)
+    )
+    found = train(config)["validation"]
+    assert {"auc", "answer_auc"} <= found.keys()
+    table = pq.read_table(pairs_dir / "part-1.parquet")
+    llm = load_llm(LlmOptions(config.output, device="cpu"), threads=1)
+    answers = llm.score_pairs(table["left_text"].to_pylist(), table["right_text"].to_pylist()).probabilities
+    assert found["answer_auc"] == pytest.approx(roc_auc_score(table["label"].to_numpy(), answers), abs=1e-3)
 
 
 def test_flip_with_the_language_model_cut_into_passes(make_config: MakeConfig, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from flipkd.models import llm as llm_module
 from flipkd.models.adapter import load_student, new_student, save_student
 from flipkd.models.llm import load_llm, load_prompts, read_llm
 from flipkd.models.llm_options import LlmOptions
-from flipkd.models.llm_prompt import TRAINED_PROMPT, PairPrompt, pair_prompt, read_prompt
+from flipkd.models.llm_prompt import TRAINED_PROMPTS, PairPrompt, pair_prompt, read_prompt
 from flipkd.models.options import StudentOptions
 from tests.models.test_packed import shaken
 from tests.small_models import make_base
@@ -73,7 +74,7 @@ def test_it_is_the_plain_forward_pass(llm_dir: Path, pairs: Pairs, share: bool) 
     found = llm.score_pairs(*pairs)
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(llm_dir))
     for place in (0, 3, 15, 30):
-        words = TRAINED_PROMPT
+        words = TRAINED_PROMPTS[2]
         pieces = [words.before, pairs[0][place], words.between, pairs[1][place], words.after]
         ids = [number for piece in pieces for number in tokenizer(piece, add_special_tokens=False)["input_ids"]]
         prompt = [tokenizer.cls_token_id, *ids]
@@ -105,6 +106,18 @@ def test_sharing_prefixes_changes_nothing(
     shared, apart = (llm.engine.label_log_probabilities(prompts) for llm in llms)
     np.testing.assert_allclose(shared, apart, atol=1e-4)
     assert (shared.std(axis=0) > 0.1).all()
+
+
+def test_what_sharing_saves_can_be_counted(llm_dir: Path) -> None:
+    """Instruction and first text once, then what follows; a first text that stands alone is no prefix."""
+    options = LlmOptions(str(llm_dir), device="cpu")
+    shared, apart = (load_llm(replace(options, share_prefixes=share), threads=1) for share in (True, False))
+    pairs = (["knee"] * 3 + ["hip joint"], ["hip", "toe", "ankle joint", "toe"])
+    prompts = shared.tokenizer.tokenize(list(zip(*pairs, strict=True)))
+    prompt = shared.tokenizer.prompt
+    around = len(prompt.between) + len(prompt.after)
+    assert apart.engine.computed_tokens(prompts) == 4 * (len(prompt.before) + around) + 3 + 4 + 2 + 1  # type: ignore[attr-defined]
+    assert shared.engine.computed_tokens(prompts) == len(prompt.before) + 1 + 4 * around + 4 + 2 + 1  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("max_tokens", [1, 150, 10_000])
@@ -328,15 +341,37 @@ def test_folders_that_cannot_answer(llm_dir: Path, minilm_dir: Path, tmp_path: P
     assert len(before) == 64
 
 
-def test_training_asks_the_same_prompt(llm_dir: Path) -> None:
-    """The prompt of training, piece by piece as a student tokenises texts."""
-    student = new_student(StudentOptions(str(llm_dir), layer=1, dimension=8, rank=4, whole_tower=True))
-    prompt: PairPrompt = pair_prompt(TRAINED_PROMPT, student.tokenizer)
-    words = TRAINED_PROMPT
+@pytest.mark.parametrize("version", TRAINED_PROMPTS)
+def test_training_asks_the_same_prompt(llm_dir: Path, version: int, tmp_path: Path) -> None:
+    """The prompt of training, piece by piece as a student tokenises texts; a run keeps its own."""
+    options = StudentOptions(str(llm_dir), layer=1, dimension=8, rank=4, whole_tower=True, prompt_version=version)
+    student = new_student(options)
+    words = TRAINED_PROMPTS[version]
+    prompt: PairPrompt = pair_prompt(words, student.tokenizer)
     pieces = student.tokenize([words.before, words.between, words.after, *words.labels]).ids
     bodies = [student.body(ids) for ids in pieces]
     assert prompt.before == [*student.frame[0], *bodies[0]]
     assert [prompt.between, prompt.after, *map(list, prompt.labels)] == bodies[1:]
+    save_student(student, tmp_path)
+    assert load_prompts(LlmOptions(str(tmp_path))).prompt == prompt
+
+
+def test_a_run_from_before_there_were_versions_keeps_its_prompt(llm_dir: Path, tmp_path: Path) -> None:
+    student = new_student(StudentOptions(str(llm_dir), layer=1, dimension=8, rank=4, prompt_version=1))
+    save_student(student, tmp_path)
+    facts = json.loads((tmp_path / "student.json").read_text())
+    del facts["options"]["prompt_version"]
+    (tmp_path / "student.json").write_text(json.dumps(facts))
+    old = load_prompts(LlmOptions(str(tmp_path))).prompt
+    assert old == pair_prompt(TRAINED_PROMPTS[1], student.tokenizer)
+    assert old != load_prompts(LlmOptions(str(llm_dir))).prompt
+    assert load_student(tmp_path).options.prompt_version == 1
+    facts["options"]["prompt_version"] = 9
+    (tmp_path / "student.json").write_text(json.dumps(facts))
+    with pytest.raises(ModelError, match="prompt 9"):
+        load_prompts(LlmOptions(str(tmp_path)))
+    with pytest.raises(ConfigError, match="--prompt-version"):
+        StudentOptions(str(llm_dir), prompt_version=9)
 
 
 def test_vllm_is_never_replaced(llm_dir: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from flipkd.config import EncodeConfig, EncoderOptions
 from flipkd.run.encode import encode
+from tests.small_models import make_base
 
 RECORDS = 60
 
@@ -64,6 +65,12 @@ def world(minilm_dir: Path, icd9: list[tuple[str, str, str]], tmp_path_factory: 
         texts,
         (vectors[0], vectors[1]),
     )
+
+
+@pytest.fixture(scope="session")
+def llm_dir(tmp_path_factory: pytest.TempPathFactory, minilm_dir: Path) -> Path:
+    """A Llama of 3 blocks whose answers differ from pair to pair."""
+    return make_base(tmp_path_factory.mktemp("llm"), minilm_dir, seed=3, initializer_range=0.5)
 
 
 @pytest.fixture

@@ -14,6 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+import transformers
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -35,12 +37,6 @@ from tests.small_models import make_base
 
 ROWS = 40
 MakeScores = Callable[..., Path]
-
-
-@pytest.fixture(scope="session")
-def llm_dir(tmp_path_factory: pytest.TempPathFactory, minilm_dir: Path) -> Path:
-    """A Llama of 3 blocks whose answers differ from pair to pair."""
-    return make_base(tmp_path_factory.mktemp("llm"), minilm_dir, seed=3, initializer_range=0.5)
 
 
 @pytest.fixture
@@ -365,3 +361,43 @@ def test_ray_gives_the_same_files(make_scores: MakeScores, llm_dir: Path, tmp_pa
     rescore(config(scores, llm_dir, tmp_path / "process", budget="50%"))
     rescore(config(scores, llm_dir, tmp_path / "ray", budget="50%", run=RunOptions(ray="local", workers=1)))
     assert contents(tmp_path / "ray") == contents(tmp_path / "process")
+
+
+def test_pairs_without_a_finite_answer_end_the_job_and_are_named_by_row(
+    make_scores: MakeScores, llm_dir: Path, minilm_dir: Path, tmp_path: Path
+) -> None:
+    """What was finished stays; with the pairs mended, the same command goes on."""
+    broken = make_base(tmp_path / "broken", minilm_dir, seed=3, initializer_range=0.5)
+    model = transformers.AutoModelForCausalLM.from_pretrained(str(broken))
+    knee = transformers.AutoTokenizer.from_pretrained(str(broken)).convert_tokens_to_ids("knee")
+    model.get_input_embeddings().weight.data[knee] = torch.nan
+    model.save_pretrained(str(broken))
+    scores = make_scores(files=1)
+    table = read(scores)
+    texts = ["knee" if row in (15, 20) else "hip" for row in range(ROWS)]
+    # A row that has no text, and one that has no score, stand before: the rows that are named are the file's.
+    texts[12] = ""
+    pq.write_table(table.set_column(1, "left_text", pa.array(texts)), scores / "part-0.parquet", row_group_size=40)
+    arguments = [*options(scores, broken, tmp_path / "out"), "--budget", "100%", "--rows-per-unit", "11"]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 1
+    assert "for 2 pairs of part-0.parquet" in done.output
+    assert "(rows 15, 20, counted from 0)" in done.output
+    assert "knee" not in done.output
+    assert len(contents(tmp_path / "out")) == 1  # rows 0 to 10
+    for path in (tmp_path / "out").glob("*.parquet"):
+        assert np.isfinite(pq.read_table(path)["llm_probability"].drop_null().to_numpy()).all()
+
+
+def test_texts_that_are_too_long_are_cut_answered_and_counted(
+    make_scores: MakeScores, llm_dir: Path, tmp_path: Path
+) -> None:
+    scores = make_scores(files=1)
+    table = read(scores)
+    texts = ["knee " * 3000 if row in (1, 2) else text for row, text in enumerate(table["left_text"].to_pylist())]
+    pq.write_table(table.set_column(1, "left_text", pa.array(texts)), scores / "part-0.parquet")
+    manifest = rescore(config(scores, llm_dir, tmp_path / "out", band=(0.0, 1.0)))
+    found = read(tmp_path / "out")
+    assert manifest["counts"]["truncated"] == 2
+    assert found.column("llm_probability").null_count == 1  # that of the pair without a score
+    assert found.column("left_text").to_pylist() == texts
