@@ -25,7 +25,7 @@ from flipkd.run import metrics_file
 from flipkd.run.manifest import UnitReport
 from tests.run.conftest import World
 from tests.run.jobs import NAMES, make_job
-from tests.run.test_cluster import ENVIRONMENT, RAY, free_port, wait_until
+from tests.run.ray_cluster import ENVIRONMENT, RAY, free_port, wait_until
 
 MakePairs = Callable[..., Path]
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]

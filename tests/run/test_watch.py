@@ -40,7 +40,7 @@ from flipkd.run.publishers import ProgressFile
 from flipkd.run.status import status
 from tests.run.conftest import World
 from tests.run.jobs import make_job
-from tests.run.test_cluster import wait_until
+from tests.run.ray_cluster import wait_until
 
 MakePairs = Callable[..., Path]
 QUICK = (
