@@ -151,7 +151,7 @@ def set_up_logging(level: str) -> None:
     """Until the command ends, logs and Python's warnings go to stderr, as --log-level and --log-format say."""
     context = click.get_current_context()
     # Of the whole program: what goes wrong is told when the command's own context has ended.
-    context.find_root().with_resource(logging_to_stderr(LogOptions(level, context.meta[_LOG_FORMAT])))
+    context.find_root().with_resource(logging_to_stderr(LogOptions(level, context.meta.get(_LOG_FORMAT, "text"))))
 
 
 def say(message: str, level: int = logging.ERROR) -> None:

@@ -137,7 +137,7 @@ class ShardReader:
         found = (self._source.size(), shard.modified_ns)
         if self._location.is_local:
             status = os.stat(shard.path)
-            found = (status.st_size, status.st_mtime_ns)
+            found = (status.st_size, status.st_mtime_ns if shard.modified_ns else 0)
         if found != (shard.size_bytes, shard.modified_ns):
             raise InputError(
                 f"{shard.name} of {self._location.uri} has changed since it was listed; run again when it is at rest"

@@ -52,8 +52,9 @@ def read_header(folder: Path) -> dict[str, Any]:
         raise DamagedStoreError(f"{path} cannot be read ({error}); {AGAIN}") from error
     version = header.get("format_version")
     if version != FORMAT_VERSION:
-        kind = InputError if isinstance(version, int) else DamagedStoreError
-        raise kind(f"{path} is of another format than {FORMAT_VERSION}, which this flipkd reads; {AGAIN}")
+        if isinstance(version, int):
+            raise InputError(f"{path} is of format {version}, this flipkd reads format {FORMAT_VERSION}; {AGAIN}")
+        raise DamagedStoreError(f"{path} is damaged (it has no format_version); {AGAIN}")
     try:
         check_fields(header, dtype=str, id_kind=str, id_type=str, fingerprint=str, counts=dict)
         check_fields(header, rows=int, dim=int, id_bytes=int)

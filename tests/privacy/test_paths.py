@@ -205,17 +205,32 @@ class TestJobs:
 
         check()
 
-    def test_a_damaged_header_is_a_clear_error_and_can_be_replaced(
+    def test_a_damaged_header_is_a_clear_error_and_is_made_again(
         self, job: ScoreConfig, world: World, minilm_dir: Path
     ) -> None:
         again = EncodeConfig(EncoderOptions(str(minilm_dir)), str(world.records), str(job.store))
-        for data in (b"{", b"[]", b'{"format_version": 1}', b'{"format_version": 9}'):
-            (Path(str(job.store)) / HEADER_FILE).write_bytes(data)
-            for attempt in (lambda: score(job), lambda: encode(again)):
-                with pytest.raises(InputError, match=r"store\.json"):
-                    attempt()
+        header = Path(str(job.store)) / HEADER_FILE
+        for data in (b"{", b"[]", b'{"format_version": 1}'):
+            header.write_bytes(data)
+            with pytest.raises(InputError, match=r"store\.json"):
+                score(job)
+            assert encode(again)["complete"]  # flipkd has worked in this folder: what is damaged is its own
+            assert score(job)["complete"]
+        header.write_bytes(b'{"format_version": 9}')  # a newer flipkd's: not damaged
+        for attempt in (lambda: score(job), lambda: encode(again)):
+            with pytest.raises(InputError, match=r"store\.json is of format 9"):
+                attempt()
         encode(replace(again, run=RunOptions(overwrite=True)))
         assert score(job)["complete"]
+
+    def test_a_header_in_a_folder_that_is_not_ours_stays(
+        self, job: ScoreConfig, world: World, minilm_dir: Path, tmp_path: Path
+    ) -> None:
+        (tmp_path / "theirs").mkdir()
+        (tmp_path / "theirs" / HEADER_FILE).write_text("{}")
+        with pytest.raises(InputError, match=r"store\.json"):
+            encode(EncodeConfig(EncoderOptions(str(minilm_dir)), str(world.records), str(tmp_path / "theirs")))
+        assert (tmp_path / "theirs" / HEADER_FILE).read_text() == "{}"
 
     def test_footers(self, job: ScoreConfig, tmp_path: Path) -> None:
         (path,) = Path(job.output).glob("*.parquet")
