@@ -32,11 +32,11 @@ pytestmark = pytest.mark.chaos
 SEED = int(os.environ.get("FLIPKD_CHAOS_SEED") or random.SystemRandom().randrange(10**6))
 RECORDS, ROWS, GROUPS = 500, 240, 4
 ON_RAY: dict[Fault, int] = {
-    chaos.kill_worker: 5, chaos.kill_node: 4, chaos.kill_driver: 4, chaos.fill_disk: 2, chaos.read_only: 2,
+    chaos.kill_worker: 4, chaos.kill_node: 3, chaos.kill_driver: 4, chaos.fill_disk: 2, chaos.read_only: 2,
     chaos.lose_shard: 3, chaos.exit_worker: 2, chaos.stop_worker: 2, chaos.eat_memory: 2,
 }  # fmt: skip
 IN_PROCESS: dict[Fault, int] = {
-    chaos.kill_driver: 10, chaos.fill_disk: 5, chaos.read_only: 4, chaos.lose_shard: 4, chaos.stop_driver: 1,
+    chaos.kill_driver: 11, chaos.fill_disk: 6, chaos.read_only: 4, chaos.lose_shard: 4, chaos.stop_driver: 1,
 }  # fmt: skip
 RUNS = [
     (fault, on_ray)
