@@ -98,7 +98,7 @@ class Settings:
     validation_pairs: int = 1000
     test_pairs: int = 3000
     pairs: int | None = None
-    groups: int = 16
+    groups: int = 32
     rounds: int = 3
 
 
