@@ -12,9 +12,10 @@ Per data set (those of ``benchmarks.quality``, same splits) and encoder:
 3. ``rescore`` of all validation pairs fits how answer and score are combined; ``rescore`` of the test pairs with each
    budget uses that.
 
-A row is ``dataset, encoder, share, pairs, asked, f1, auc, ap, seconds``: F1 on the test pairs at the threshold that is
-best on the validation pairs *with the same budget*, average precision, seconds of ``score`` and of ``rescore`` (the
-model's loading included). ``NAME_gain_at_5`` is the part of the gain of asking about all pairs that asking about 5 % of
+A row is ``dataset, encoder, share, pairs, asked, f1, auc, ap, f1_if_right, seconds``: F1 on the test pairs at the
+threshold that is best on the validation pairs *with the same budget*, average precision, the F1 if every answer had
+been the label (what no LLM can exceed with this budget), seconds of ``score`` and of ``rescore`` (the model's loading
+included). ``NAME_gain_at_5`` is the part of the gain of asking about all pairs that asking about 5 % of
 them brings; it is left out where asking about all brings nothing.
 
 Then common beginnings of prompts: ICD-9 descriptions with their ten nearest codes' as candidates, by the torch engine
@@ -99,7 +100,7 @@ class Settings:
     validation_pairs: int = 1000
     test_pairs: int = 3000
     pairs: int | None = None
-    groups: int = 16
+    groups: int = 32
     rounds: int = 3
 
 
@@ -140,8 +141,12 @@ class Trial:
         found = []
         for share in SHARES:
             test, asked, asking_seconds = self._rescore(folder, scores["test"], share, combine=combination)
-            chosen = mixed(scores["validation"], validation, share)
-            figures = quality(labels["validation"], chosen, labels["test"], _column(test, "probability"))
+            known, after = labels["validation"], labels["test"]
+            chosen, before, answers = mixed(scores["validation"], validation, share)
+            probability = _column(test, "probability")
+            figures = quality(known, np.where(chosen, answers, before), after, probability)
+            was_asked = np.isfinite(_column(test, "llm_probability"))
+            right = quality(known, np.where(chosen, known, before), after, np.where(was_asked, after, probability))
             found.append(
                 {
                     "dataset": self._dataset,
@@ -150,6 +155,7 @@ class Trial:
                     "pairs": len(labels["test"]),
                     "asked": asked,
                     **{name: round(getattr(figures, name), 5) for name in ("f1", "auc", "ap")},
+                    "f1_if_right": round(right.f1, 5),
                     "seconds": round(seconds + asking_seconds, 2),
                 }
             )
@@ -241,11 +247,9 @@ def _column(folder: Path, name: str) -> Floats:
     return as_numbers(pa.concat_tables(tables).column(name))
 
 
-def mixed(scores: Path, rescored: Path, share: str) -> Floats:
-    """Probabilities of the pairs if only a share had been asked, with the combination that was fitted on all of them.
-
-    The pairs are chosen by the same code as a job's.
-    """
+def mixed(scores: Path, rescored: Path, share: str) -> tuple[npt.NDArray[np.bool_], Floats, Floats]:
+    """Which pairs a job with this budget would ask about (chosen by the same code), and each pair's probability before
+    and after it was asked, the latter by the combination that was fitted on all of them."""
     location = open_location(str(scores))
     center = json.loads((scores / "_manifest.json").read_text())["threshold"]
     plan = plan_units(location, find_shards(location), 1 << 62, "")
@@ -255,7 +259,7 @@ def mixed(scores: Path, rescored: Path, share: str) -> Floats:
     chosen = np.concatenate([nearest.chosen(each, unit.output) for each, unit in zip(values, plan.units, strict=True)])
     combination = read_combination(str(rescored / COMBINATION_FILE))
     after = combination.probability(_column(rescored, "llm_probability"), _column(rescored, "score"))
-    return np.where(chosen, after, np.concatenate(values))
+    return chosen, np.concatenate(values), after.astype(np.float64)
 
 
 def gains(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 
 from benchmarks.cascade import SHARES, draw, gains, grouped_pairs, mixed
 from flipkd.data.commit import write_json
@@ -37,11 +36,11 @@ def test_what_a_smaller_share_would_give_is_chosen_as_a_job_chooses(tmp_path: Pa
     write_json(open_location(tmp_path / "scores"), "_manifest.json", {"threshold": 0.5})
     combination = Combination(1.0, 0.5, 0.1)
     write_combination(open_location(tmp_path / "rescored"), combination, 20)
-    found = mixed(tmp_path / "scores", tmp_path / "rescored", "20%")
-    wanted = probability.astype(np.float64)
-    wanted[8:12] = combination.probability(answers, scores)[8:12]
-    np.testing.assert_allclose(found, wanted, atol=1e-6)
-    assert mixed(tmp_path / "scores", tmp_path / "rescored", "0%") == pytest.approx(probability)
+    chosen, before, after = mixed(tmp_path / "scores", tmp_path / "rescored", "20%")
+    assert np.flatnonzero(chosen).tolist() == [8, 9, 10, 11]
+    np.testing.assert_allclose(before, probability, atol=1e-6)
+    np.testing.assert_allclose(after, combination.probability(answers, scores), atol=1e-6)
+    assert not mixed(tmp_path / "scores", tmp_path / "rescored", "0%")[0].any()
 
 
 def test_groups_of_candidates_hold_the_match(icd9: list[tuple[str, str, str]]) -> None:

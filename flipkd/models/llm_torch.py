@@ -2,15 +2,16 @@
 
 Keys and values of the instruction are computed once per engine, and those of instruction and first text once for all
 pairs with that text. What is left of the prompts runs in batches sorted by length. A batch is padded on the right, by a
-few tokens at most: a causal model's earlier tokens do not see it, so nothing has to be masked, and a pair's answer does
-not depend on its neighbours beyond rounding.
+few tokens at most: a causal model's earlier tokens do not see it, so that is not masked; where the first texts of a
+batch differ in length, their keys and values are (``flipkd.models.llm_states``). A pair's answer does not depend on its
+neighbours beyond rounding.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
@@ -27,15 +28,13 @@ from flipkd.models.device import check_options, find_device
 from flipkd.models.llm import LlmFolder
 from flipkd.models.llm_options import LlmOptions
 from flipkd.models.llm_prompt import PairPrompt, PromptedPairs
+from flipkd.models.llm_states import Beginnings, States, filled_cache, joined, repeated
 from flipkd.models.progress import tell
 
 # Tokens of a batch, keys and values of its prefixes included: what bounds memory. Our guesses, not measured.
 MAX_TOKENS = {"cpu": 4096, "cuda": 65536}
 # Tokens by which the texts of a batch differ at most: the head gives logits at so many places for every one of them.
 _MOST_PADDING = 4
-
-# Per layer: keys, values [rows, heads, tokens, width].
-States = list[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Task:
-    """Prompts whose prefixes have one length: ``prefixes`` are token ids, without the instruction's."""
+    """Prompts that run together: ``prefixes`` are token ids without the instruction's, the shortest first."""
 
     prefixes: list[tuple[int, ...]]
     rows: list[_Row]
@@ -135,6 +134,7 @@ class TorchEngine:
         # transformers 5 has renamed the argument.
         names = inspect.signature(model.forward).parameters
         self._cache_name = "cache" if "cache" in names else "past_key_values"
+        self._takes_positions = "position_ids" in names
         # A label's tokens but the last are fed after the prompt. What begins another such list is read from that one.
         begins = {label[:-1] for label in prompt.labels}
         self._extras = sorted(
@@ -202,35 +202,38 @@ class TorchEngine:
             prefix = key[instruction:] if counts[key] > 1 else ()
             rest = own if prefix else [*shared[instruction:], *own]
             by_prefix.setdefault(prefix, []).append((place, rest))
-        for group in _equal_lengths(by_prefix):
-            prefixes: list[tuple[int, ...]] = []
-            rows: list[_Row] = []
-            tokens = 0
-            for prefix in group:
-                # Shortest first, so that the texts of a task, and so of its batches, are of about one length.
-                for place, rest in sorted(by_prefix[prefix], key=lambda item: len(item[1])):
-                    if tokens > 4 * self._max_tokens:
-                        yield _Task(prefixes, rows)
-                        prefixes, rows, tokens = [], [], 0
-                    if not prefixes or prefixes[-1] != prefix:
-                        prefixes.append(prefix)
-                    for number, extra in enumerate(self._extras):
-                        rows.append(_Row(place, number, len(prefixes) - 1, [*rest, *extra], len(rest) - 1))
-                        tokens += len(rows[-1].ids)
+        prefixes: list[tuple[int, ...]] = []
+        rows: list[_Row] = []
+        tokens = 0
+        # By length (of equal ones in the order of the input), so that the prefixes of a task are padded little.
+        for prefix in sorted(by_prefix, key=len):
+            # Shortest first, so that the texts of a task, and so of its batches, are of about one length.
+            for place, rest in sorted(by_prefix[prefix], key=lambda item: len(item[1])):
+                is_new = not prefixes or prefixes[-1] != prefix
+                # What has no prefix but the instruction stands apart: it needs no mask.
+                if rows and (tokens > 4 * self._max_tokens or (is_new and not prefixes[-1])):
+                    yield _Task(prefixes, rows)
+                    prefixes, rows, tokens, is_new = [], [], 0, True
+                if is_new:
+                    prefixes.append(prefix)
+                for number, extra in enumerate(self._extras):
+                    rows.append(_Row(place, number, len(prefixes) - 1, [*rest, *extra], len(rest) - 1))
+                    tokens += len(rows[-1].ids)
+        if rows:
             yield _Task(prefixes, rows)
 
     @torch.inference_mode()
     def _work(self, task: _Task) -> tuple[np.ndarray, np.ndarray]:
         """Places and extras int64 [rows, 2] of a task's rows, and log-probabilities float64 [rows, 2]."""
-        states = self._prefix_states(task.prefixes)
-        length = 0 if states is None else states[0][0].shape[2]
+        beginnings = self._beginnings(task.prefixes)
+        longest = 0 if beginnings is None else int(beginnings.lengths[-1])
         places, found = [], []
-        for rows in _batches(task.rows, length, self._max_tokens):
+        for rows in _batches(task.rows, longest, self._max_tokens):
             places += [(row.place, row.extra) for row in rows]
-            found.append(self._batch(rows, states))
+            found.append(self._batch(rows, beginnings))
         return np.array(places, np.int64), np.concatenate(found)
 
-    def _prefix_states(self, prefixes: Sequence[tuple[int, ...]]) -> States | None:
+    def _beginnings(self, prefixes: Sequence[tuple[int, ...]]) -> Beginnings | None:
         """Keys and values of instruction and prefixes, one row for each prefix; None for no token at all."""
         if not self._shares:
             return None
@@ -239,23 +242,27 @@ class TorchEngine:
                 before = torch.tensor([self._prompt.before], device=self._device)
                 self._instruction = self._pass(before, None) if self._prompt.before else []
         instruction = self._instruction or None
-        if not prefixes[0]:
-            return instruction
+        known = len(self._prompt.before)
+        lengths = torch.tensor([known + len(prefix) for prefix in prefixes], device=self._device)
+        if not prefixes[-1]:
+            return None if instruction is None else Beginnings(instruction, lengths)
         parts: list[States] = []
-        step = max(1, self._max_tokens // (len(prefixes[0]) + len(self._prompt.before)))
+        step = max(1, self._max_tokens // int(lengths[-1]))
         for start in range(0, len(prefixes), step):
-            ids = torch.tensor(prefixes[start : start + step], device=self._device)
-            first = torch.zeros(len(ids), dtype=torch.int64, device=self._device)
-            parts.append(self._pass(ids, None if instruction is None else _take(instruction, first)))
-        return [tuple(map(torch.cat, zip(*layer, strict=True))) for layer in zip(*parts, strict=True)]  # type: ignore[misc]
+            some = prefixes[start : start + step]
+            # Padded on the right: what a causal model's earlier tokens do not see.
+            padded = [[*prefix, *[0] * (len(some[-1]) - len(prefix))] for prefix in some]
+            ids = torch.tensor(padded, device=self._device)
+            parts.append(self._pass(ids, None if instruction is None else repeated(instruction, len(ids))))
+        return Beginnings(joined(parts), lengths)
 
     def _pass(self, ids: Tensor, before: States | None) -> States:
         """Keys and values of ids int64 [rows, tokens], with those of what stands before them."""
-        filled = _cache(before)
+        filled = filled_cache(before)
         self._model.base_model(input_ids=ids, use_cache=True, **{self._cache_name: filled})
         return [(layer.keys, layer.values) for layer in filled.layers]
 
-    def _batch(self, rows: Sequence[_Row], states: States | None) -> np.ndarray:
+    def _batch(self, rows: Sequence[_Row], beginnings: Beginnings | None) -> np.ndarray:
         """Log-probability of each label, float64 [rows, 2]; of use only for labels of a row's extra."""
         width = max(len(row.ids) for row in rows)
         ids = torch.tensor([row.ids + [0] * (width - len(row.ids)) for row in rows], device=self._device)
@@ -264,37 +271,17 @@ class TorchEngine:
         places = np.array([[min(row.answer + step, len(row.ids) - 1) for step in range(steps)] for row in rows])
         kept, found = np.unique(places, return_inverse=True)
         index = torch.from_numpy(found.reshape(places.shape)).to(self._device)
-        prefix = torch.tensor([row.prefix for row in rows], device=self._device)
         more: dict[str, Any] = {"use_cache": False}
-        if states is not None:
-            more = {"use_cache": True, self._cache_name: _cache(_take(states, prefix))}
+        if beginnings is not None:
+            more = beginnings.taken_up(torch.tensor([row.prefix for row in rows], device=self._device), width)
+            more[self._cache_name] = more.pop("cache")
+            if not self._takes_positions:
+                del more["position_ids"]  # such a model counts them from the mask
         logits = self._model(input_ids=ids, logits_to_keep=torch.from_numpy(kept).to(self._device), **more).logits
         numbers = torch.arange(len(rows), device=self._device)[:, None]
         logs = logits[numbers, index].float().log_softmax(-1)  # [rows, steps, vocabulary]
         sums = [sum(logs[:, step, token].double() for step, token in enumerate(label)) for label in self._prompt.labels]
         return torch.stack(sums, dim=1).cpu().numpy()
-
-
-def _cache(states: States | None) -> Any:
-    """A cache of transformers that holds keys and values already."""
-    from transformers import DynamicCache
-
-    filled = DynamicCache()
-    for number, (keys, values) in enumerate(states or ()):
-        filled.update(keys, values, number)
-    return filled
-
-
-def _take(states: States, rows: Tensor) -> States:
-    return [(keys.index_select(0, rows), values.index_select(0, rows)) for keys, values in states]
-
-
-def _equal_lengths(prefixes: Iterable[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
-    """Prefixes by their length, shortest first, each group in the order of the input."""
-    groups: dict[int, list[tuple[int, ...]]] = {}
-    for prefix in prefixes:
-        groups.setdefault(len(prefix), []).append(prefix)
-    return [groups[length] for length in sorted(groups)]
 
 
 def _batches(rows: Sequence[_Row], prefix_tokens: int, max_tokens: int) -> Iterator[list[_Row]]:

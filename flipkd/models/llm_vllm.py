@@ -7,7 +7,9 @@ numpy. Prefixes are shared by vLLM's own prefix caching. A run's adapter is serv
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from flipkd.errors import ConfigError, ModelError
 from flipkd.models.llm import LlmFolder
 from flipkd.models.llm_options import LlmOptions
 from flipkd.models.llm_prompt import PromptedPairs, PromptTokenizer
+from flipkd.models.watched import call_while_alive
 
 _DTYPES = {"float32": "float32", "bf16": "bfloat16"}
 # The ranks that vLLM has kernels for.
@@ -53,6 +56,7 @@ class VllmEngine:
 
             settings = {"enable_lora": True, "max_lora_rank": _rank(folder.adapter)}
             self._adapter = LoRARequest("student", 1, str(folder.adapter))
+        before = set(multiprocessing.active_children())
         try:
             self._llm = vllm.LLM(
                 model=str(folder.base),
@@ -66,6 +70,8 @@ class VllmEngine:
             )
         except Exception as error:  # vLLM raises whatever it meets
             raise ModelError(f"{folder.base}: vLLM cannot load this model: {type(error).__name__}: {error}") from error
+        # Its engine; none where vLLM was told to compute in this process.
+        self._processes = [process for process in multiprocessing.active_children() if process not in before]
 
     def label_log_probabilities(self, prompts: PromptedPairs) -> np.ndarray:
         """See ``flipkd.models.llm.Engine``.
@@ -92,7 +98,10 @@ class VllmEngine:
                 max_tokens=1, temperature=0.0, logprob_token_ids=wanted, ignore_eos=True, detokenize=False
             )
             try:
-                found = self._llm.generate(asked, answer, use_tqdm=False, lora_request=self._adapter)
+                found = call_while_alive(
+                    partial(self._llm.generate, asked, answer, use_tqdm=False, lora_request=self._adapter),
+                    self._processes,
+                )
             except Exception as error:  # vLLM raises whatever it meets; its words may hold the prompt
                 raise ModelError(
                     f"vLLM's engine failed while it answered ({type(error).__name__}); its own log says why; what is "

@@ -101,8 +101,11 @@ def test_sharing_prefixes_changes_nothing(
     llms = [load_llm(replace(options, share_prefixes=share), threads=2) for share in (True, False)]
     shared, apart = (llm.score_pairs(*pairs).probabilities for llm in llms)
     np.testing.assert_allclose(shared, apart, atol=1e-5)
-    # Where a label has several tokens probabilities are near 0; their logarithms tell more.
+    # First texts of several lengths came together in batches.
+    engine: Any = llms[0].engine
     prompts = llms[0].tokenizer.tokenize(list(zip(*pairs, strict=True)))
+    assert any(len({len(prefix) for prefix in task.prefixes}) > 1 for task in engine._tasks(prompts))
+    # Where a label has several tokens probabilities are near 0; their logarithms tell more.
     shared, apart = (llm.engine.label_log_probabilities(prompts) for llm in llms)
     np.testing.assert_allclose(shared, apart, atol=1e-4)
     assert (shared.std(axis=0) > 0.1).all()

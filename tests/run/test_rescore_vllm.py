@@ -98,7 +98,7 @@ def test_an_engine_that_is_killed_ends_the_job_and_the_next_run_goes_on(
     log = (tmp_path / "vllm.log").read_text()
     half = outputs(output)
     assert status == 1, log[-4000:]
-    assert "Error: vLLM's engine failed while it answered (EngineDeadError)" in log
+    assert "Error: vLLM's engine failed while it answered (" in log
     assert 5 <= len(half) < ROWS // 5
     assert rows[0][1] not in log
 
