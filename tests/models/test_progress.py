@@ -49,6 +49,6 @@ def test_a_cross_encoder(tmp_path: Path, minilm_dir: Path, texts: Texts) -> None
 
 
 def test_a_decoder(base_dir: Path, texts: Texts) -> None:
-    llm = load_llm(LlmOptions(str(base_dir), device="cpu", max_tokens=200), threads=1)
+    llm = load_llm(LlmOptions(str(base_dir), device="cpu", max_tokens=100), threads=1)
     left = [texts[0]] * 30 + texts[30:]
     check(told_by(lambda: llm.score_pairs(left, texts)), 60)
