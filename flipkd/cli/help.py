@@ -55,6 +55,8 @@ flipkd-batch demo --output demo/
 """,
 }
 
+_PATH = click.Path()
+
 COMPLETION = 'eval "$(_FLIPKD_BATCH_COMPLETE=bash_source flipkd-batch)"'
 
 # Parameters whose value is a file or folder (some also take a URL or the name of a model).
@@ -62,7 +64,8 @@ PATHS: dict[str, tuple[str, ...]] = {
     "encode": ("encoder", "records", "output", "forget", "cache"),
     "score": (
         *("pairs", "output", "store", "right_store", "encoder", "records", "right_records"),
-        *("calibration", "cache"),
+        *("calibration", "cache", "rescore_scores", "rescore_llm", "rescore_prompt_file", "rescore_combine"),
+        *("rescore_records", "rescore_right_records"),
     ),
     "rescore": ("scores", "llm", "output", "prompt_file", "records", "right_records", "combine"),
     "evaluate": ("scores", "output", "labels"),
@@ -82,7 +85,7 @@ def with_help(command: click.Command) -> click.Command:
     command.epilog = preformatted("Examples", EXAMPLES[command.name])
     for parameter in command.params:
         if parameter.name in PATHS.get(command.name, ()):
-            parameter.type = click.Path()
+            parameter.type = _PATH
     return command
 
 

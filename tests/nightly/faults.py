@@ -25,7 +25,7 @@ def die(*_: Any, **__: Any) -> None:
 if __name__ == "__main__":
     place, name = sys.argv[1].split(":")
     if place == "unit":
-        plan_score.ScoreWorker = partial(FaultyWorker, 0.0, name)  # type: ignore[assignment,misc]
+        plan_score.ScoreWorker = partial(FaultyWorker, 0.0, f"kill:{name}")  # type: ignore[assignment,misc]
     else:
         setattr(importlib.import_module(place), name, die)
     nightly(sys.argv[2:])

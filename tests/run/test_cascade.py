@@ -198,7 +198,9 @@ def test_a_job_that_is_killed_in_either_stage_goes_on(
     expected, whole = contents(tmp_path / "undisturbed"), json.loads(done.stdout)
 
     output = tmp_path / "out"
-    faults = {"score": ["tests.run.faults", "0", "part-002"], "rescore": ["tests.run.llm_faults", "part-002"]}[stage]
+    faults = {"score": ["tests.run.faults", "0", "kill:part-002"], "rescore": ["tests.run.llm_faults", "part-002"]}[
+        stage
+    ]
     died = subprocess.run(
         [sys.executable, "-m", *faults, *command(world, pairs, llm_dir, output), "--workers", "1"],
         check=False,
