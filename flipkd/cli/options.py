@@ -104,14 +104,20 @@ encoder_options = _options(
     click.option("--trust-remote-code", is_flag=True, help="Let Python code in the encoder's folder run."),
 )  # fmt: skip
 
+_id_column = click.option("--id-column", default="id", show_default=True, help="Column of the records' ids.")
+_template = click.option("--template", help="Several columns as one text, as in '{name} | {address}'.")
+
 record_text_options = _options(
-    click.option("--id-column", default="id", show_default=True, help="Column of the records' ids."),
+    _id_column,
     click.option("--text-column", default="text", show_default=True, help="Column of the records' texts."),
-    click.option("--template", help="Several columns as one text, as in '{name} | {address}'."),
-)  # fmt: skip
+    _template,
+)
 
 records_options = _options(
-    record_text_options,
+    _id_column,
+    click.option("--text-column", help="Column of the records' texts. Default: the template that an exported encoder "
+                                       "records, else text."),
+    _template,
     click.option("--dtype", type=click.Choice(["int8", "bf16", "float32"]), default="int8", show_default=True,
                  help="Number format of stored vectors."),
 )  # fmt: skip
@@ -163,8 +169,15 @@ def report_job(manifest: dict[str, Any], output: str, as_json: bool) -> None:
             f"{manifest['rows_per_second']:.0f} rows/s; in {output}"
         )
     if not manifest["complete"]:
-        skipped = len(manifest["skipped_shards"]) + len(manifest["skipped_units"])
-        click.echo(f"partial: {skipped} files or units were skipped; see _manifest.json in {output}", err=True)
+        # A stage has read other files (records), or the same ones: each is counted once.
+        holders = (manifest, *manifest.get("stages", {}).values())
+        skipped = {
+            json.dumps(entry)
+            for part in holders
+            for key in ("skipped_shards", "skipped_units")
+            for entry in part.get(key, ())
+        }
+        click.echo(f"partial: {len(skipped)} files or units were skipped; see _manifest.json in {output}", err=True)
         sys.exit(3)
 
 

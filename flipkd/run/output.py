@@ -164,11 +164,21 @@ def prepare(output: Location, wanted: set[str], overwrite: bool) -> set[str]:
         )
     logger.info("deleting %d files of another run in %s", len(names), output.uri)
     with writing(output.uri):
-        for name in sorted(names):
-            output.filesystem.delete_file(output.child(name).path)
+        remove_outputs(output, names)
         with contextlib.suppress(FileNotFoundError, pa.ArrowException):
             output.filesystem.delete_file(output.child(MANIFEST).path)
     return set()
+
+
+def remove_outputs(output: Location, names: Iterable[str]) -> None:
+    """Deletes outputs of flipkd's own.
+
+    Raises:
+        OutputError: one cannot be deleted.
+    """
+    with writing(output.uri):
+        for name in sorted(names):
+            output.filesystem.delete_file(output.child(name).path)
 
 
 def remove_folder(location: Location) -> None:
