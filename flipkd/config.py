@@ -98,7 +98,8 @@ class EncodeConfig:
         output: folder of the store; local, since it is mapped into memory.
         id_column: the record's id: any integer, string or binary type.
         text_column: the record's text; not with ``template``.
-        template: several columns as one text, as in ``{name} | {address}``.
+        template: several columns as one text, as in ``{name} | {address}``. Without either, the template that an
+            exported encoder records in its ``flipkd.json``; where there is none, the column ``text``.
         dtype: number format of the stored vectors.
         cache: folder of the text cache (below it, ``texts``): texts that are in it are not encoded again.
         cache_limit_bytes: size of the text cache at most; what was not used for longest is dropped.
@@ -109,7 +110,7 @@ class EncodeConfig:
     records: str
     output: str
     id_column: str = "id"
-    text_column: str = "text"
+    text_column: str | None = None
     template: str | None = None
     dtype: VectorDtype = "int8"
     cache: str | None = None
@@ -165,7 +166,7 @@ class ScoreConfig:
     records: str | None = None
     right_records: str | None = None
     id_column: str = "id"
-    text_column: str = "text"
+    text_column: str | None = None
     template: str | None = None
     dtype: VectorDtype = "int8"
     cache: str | None = None
@@ -274,8 +275,8 @@ class TeachConfig:
         return _text_template(self.template, self.text_column)
 
 
-def _text_template(template: str | None, text_column: str) -> str:
-    return template if template is not None else f"{{{text_column}}}"
+def _text_template(template: str | None, text_column: str | None) -> str:
+    return template if template is not None else f"{{{text_column or 'text'}}}"
 
 
 def _check_cache(cache: str | None, limit_bytes: int | None) -> None:

@@ -105,14 +105,20 @@ encoder_options = _options(
     click.option("--trust-remote-code", is_flag=True, help="Let Python code in the encoder's folder run."),
 )  # fmt: skip
 
+_id_column = click.option("--id-column", default="id", show_default=True, help="Column of the records' ids.")
+_template = click.option("--template", help="Several columns as one text, as in '{name} | {address}'.")
+
 record_text_options = _options(
-    click.option("--id-column", default="id", show_default=True, help="Column of the records' ids."),
+    _id_column,
     click.option("--text-column", default="text", show_default=True, help="Column of the records' texts."),
-    click.option("--template", help="Several columns as one text, as in '{name} | {address}'."),
-)  # fmt: skip
+    _template,
+)
 
 records_options = _options(
-    record_text_options,
+    _id_column,
+    click.option("--text-column", help="Column of the records' texts. Default: the template that an exported encoder "
+                                       "records, else text."),
+    _template,
     click.option("--dtype", type=click.Choice(["int8", "bf16", "float32"]), default="int8", show_default=True,
                  help="Number format of stored vectors."),
 )  # fmt: skip
@@ -174,9 +180,15 @@ def report_job(manifest: dict[str, Any], output: str, as_json: bool) -> None:
             f"{manifest['rows_per_second']:.0f} rows/s; in {output}"
         )
     if not manifest["complete"]:
+        # A stage has read other files (records), or the same ones: each is counted once.
         parts = [manifest, *manifest.get("stages", {}).values()]
-        skipped = sum(len(part.get(key, ())) for part in parts for key in ("skipped_shards", "skipped_units"))
-        say(f"partial: {skipped} files or units were skipped; see _manifest.json in {output}", logging.WARNING)
+        skipped = {
+            json.dumps(entry)
+            for part in parts
+            for key in ("skipped_shards", "skipped_units")
+            for entry in part.get(key, ())
+        }
+        say(f"partial: {len(skipped)} files or units were skipped; see _manifest.json in {output}", logging.WARNING)
         sys.exit(3)
 
 

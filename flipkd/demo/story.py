@@ -191,7 +191,8 @@ def _distil(output: Path, size: Size, minilm: Path, student: Path, steps: Steps,
 
 def _export_once(run: Path, encoder: Path) -> None:
     """Exports the run's student, unless the encoder that is there is of this run."""
-    from flipkd.models.export import FLIPKD_FILE, export
+    from flipkd.models.export import export
+    from flipkd.models.folder import FLIPKD_FILE
 
     wanted = read_json(open_location(run), "run.json")
     found = read_json(open_location(encoder), FLIPKD_FILE)

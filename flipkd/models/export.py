@@ -34,13 +34,12 @@ from flipkd.models.encoder_files import (
     write_tokenizer,
     write_transformer,
 )
-from flipkd.models.folder import find_folder, folder_fingerprint
+from flipkd.models.folder import FLIPKD_FILE, find_folder, folder_fingerprint
 from flipkd.models.student import Student
 from flipkd.run.manifest import versions
 
 logger = logging.getLogger(__name__)
 
-FLIPKD_FILE = "flipkd.json"
 MIN_COSINE = 0.9999
 _SAMPLE_TEXTS = 200
 _SAMPLE_ROWS = 4096
@@ -70,7 +69,8 @@ def export(
         run_folder: what ``train`` wrote.
         output: a local folder, made here.
         base: folder of the student's base, where it has moved since.
-        template: how a record's text is made of its columns, as ``encode --template``; recorded in ``flipkd.json``.
+        template: how a record's text is made of its columns, as ``encode --template``; recorded in ``flipkd.json``,
+            where ``encode`` and ``score`` find it when they are told none.
         overwrite: replace an older encoder at ``output``.
         trust_remote_code: whether Python code in the base's folder may run.
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from flipkd.errors import ModelError
+from flipkd.data.records import template_fields
+from flipkd.errors import ConfigError, ModelError
 from flipkd.models.settings import (
     TRANSFORMER_CONFIGS,
     DenseSettings,
@@ -29,6 +30,8 @@ from flipkd.models.settings import (
 )
 from flipkd.models.trust import check_weights, known_form
 
+# What ``export`` says of an encoder, in its folder.
+FLIPKD_FILE = "flipkd.json"
 # The files of a model folder that decide its vectors; anything else (README, flipkd.json, licences) does not.
 _DECIDING_NAMES = {
     "added_tokens.json",
@@ -127,6 +130,25 @@ def find_folder(folder: str | Path) -> Path:
             f"encoder {name!r}: there is no such folder, and the hub did not give a model of this name "
             f"({type(error).__name__})"
         ) from error
+
+
+def recorded_template(folder: str | Path) -> tuple[str, Path] | None:
+    """The template that ``export`` was told the encoder's records have, and the file that says so; None without one.
+
+    Raises:
+        ModelError: the folder is not there, or its file cannot be used.
+    """
+    file = find_folder(folder) / FLIPKD_FILE
+    template = read_json(file).get("template")
+    if template is None:
+        return None
+    try:
+        if not isinstance(template, str):
+            raise ConfigError("it is not a string")
+        template_fields(template)
+    except ConfigError as error:
+        raise ModelError(f"{file}: its template cannot be used: {error}; mend it, or pass --template") from error
+    return template, file
 
 
 def folder_fingerprint(folder: str | Path, max_length: int | None = None) -> str:

@@ -18,7 +18,6 @@ from flipkd.data.commit import read_json, write_json
 from flipkd.data.location import Location, open_location
 from flipkd.data.records import (
     as_text,
-    template_fields,
 )
 from flipkd.data.shards import ShardReader, find_shards
 from flipkd.errors import ConfigError, InputError, OutputError
@@ -28,6 +27,7 @@ from flipkd.run.job import Job, run_job
 from flipkd.run.manifest import MANIFEST, WORK_FOLDER
 from flipkd.run.observe import observed
 from flipkd.run.output import locked, refuse_overlap, remove_folder
+from flipkd.run.record_template import check_record_columns, with_recorded_template
 from flipkd.run.units import Plan, fingerprint, plan_units
 from flipkd.vectors.cache_tidy import tidy
 from flipkd.vectors.layout import (
@@ -50,7 +50,7 @@ class EncodePlan:
     """An encode job, planned: what ``encode`` runs, and what ``score`` needs to know of it beforehand.
 
     Args:
-        config: what was asked for.
+        config: what was asked for, with the template that is used.
         plan: units over the record files.
         fingerprint: of the store: encoder, template, dtype and every input file.
         run_fingerprint: the same without the input files.
@@ -85,7 +85,7 @@ def plan_encode(config: EncodeConfig) -> EncodePlan:
         InputError: the records cannot be read.
     """
     records = open_location(config.records)
-    columns = [config.id_column, *template_fields(config.text_template)]
+    config, told_by = with_recorded_template(config)
     shards = find_shards(records)
     skip = config.run.on_bad_shard == "skip"
     encoder = encoder_fingerprint(config.encoder)
@@ -103,7 +103,10 @@ def plan_encode(config: EncodeConfig) -> EncodePlan:
     plan = plan_units(
         records, shards, config.rows_per_unit, run_fingerprint, split_row_groups=True, skip_bad_shards=skip
     )
-    check_schema(records, plan, columns, columns[1:])
+    if plan.units:
+        check_record_columns(records, plan.units[0].shard, config, told_by)
+    texts = template_fields(config.text_template)
+    check_schema(records, plan, [config.id_column, *texts], texts)
     store = fingerprint({"run": run_fingerprint, "units": [unit.fingerprint for unit in plan.units]})
     return EncodePlan(config, plan, store, run_fingerprint, encoder)
 

@@ -25,6 +25,7 @@ from flipkd.run.cached_encoder import cache_root
 from flipkd.run.encode import PARTS
 from flipkd.run.manifest import MANIFEST, WORK_FOLDER
 from flipkd.run.output import locked, remove_folder
+from flipkd.run.record_template import check_record_columns, with_recorded_template
 from flipkd.vectors.cache_tidy import forget_texts
 from flipkd.vectors.id_types import check_id_type, plain
 from flipkd.vectors.layout import HEADER_FILE, SEALING_FOLDER, STORE_FILES
@@ -59,8 +60,11 @@ def forget(config: EncodeConfig, ids: str) -> dict[str, Any]:
         OutputError: something cannot be deleted.
         OutputInUseError: a job is working on one of the stores.
     """
+    config, told_by = with_recorded_template(config)
     wanted = _read_ids(ids, config.id_column)
-    texts, known = _texts_of(open_location(config.records), config, wanted)
+    records = open_location(config.records)
+    check_record_columns(records, find_shards(records)[0], config, told_by)
+    texts, known = _texts_of(records, config, wanted)
     stores, deleted = [open_location(config.output)], 0
     if config.cache is not None:
         root = cache_root(config.cache)

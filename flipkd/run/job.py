@@ -42,6 +42,8 @@ class Job:
             GPU each on Ray.
         output_bytes: size of the outputs, estimated.
         about: further facts for the manifest.
+        skipped_units: units that a stage before could not do, and that are not in the plan for that reason: each with
+            its ``output`` and the ``error``.
     """
 
     kind: Kind
@@ -54,6 +56,7 @@ class Job:
     uses_model: bool
     output_bytes: int
     about: Mapping[str, Any]
+    skipped_units: Sequence[Mapping[str, str]] = ()
 
 
 def run_job(job: Job, done: Mapping[str, UnitReport] | None = None) -> dict[str, Any]:
@@ -102,11 +105,11 @@ def run_job(job: Job, done: Mapping[str, UnitReport] | None = None) -> dict[str,
         "format": 1,
         "kind": job.kind,
         "fingerprint": job.fingerprint,
-        "complete": not job.plan.bad_shards and not failures and stages_complete,
+        "complete": not job.plan.bad_shards and not job.skipped_units and not failures and stages_complete,
         **totals.as_dict(),
         "units_resumed": len(done),
         "skipped_shards": [{"name": name, "error": error} for name, error in job.plan.bad_shards],
-        "skipped_units": failures,
+        "skipped_units": [*job.skipped_units, *failures],
         "wall_seconds": round(seconds, 3),
         "rows_per_second": round(pending_rows / seconds, 1) if seconds else 0.0,
         "versions": versions(),

@@ -229,11 +229,9 @@ def own_outputs(output: Location, wanted: Collection[str], overwrite: bool) -> s
             "choose another --output, or pass --overwrite to delete them"
         )
     logger.info("deleting %d files of another run in %s", len(names), output.uri)
-    with writing(output.uri):
-        for name in sorted(names):
-            output.filesystem.delete_file(output.child(name).path)
-        with contextlib.suppress(FileNotFoundError, pa.ArrowException):
-            output.filesystem.delete_file(output.child(MANIFEST).path)
+    remove_outputs(output, names)
+    with writing(output.uri), contextlib.suppress(FileNotFoundError, pa.ArrowException):
+        output.filesystem.delete_file(output.child(MANIFEST).path)
     return set()
 
 
@@ -244,9 +242,19 @@ def _whole(output: Location, found: Mapping[str, str]) -> dict[str, UnitReport]:
             done[name] = report
             continue
         logger.warning("%s of %s is damaged; it is made again", name, output.uri)
-        with writing(output.uri):
-            output.filesystem.delete_file(output.child(name).path)
+        remove_outputs(output, [name])
     return done
+
+
+def remove_outputs(output: Location, names: Iterable[str]) -> None:
+    """Deletes outputs of flipkd's own.
+
+    Raises:
+        OutputError: one cannot be deleted.
+    """
+    with writing(output.uri):
+        for name in sorted(names):
+            output.filesystem.delete_file(output.child(name).path)
 
 
 def remove_folder(location: Location) -> None:

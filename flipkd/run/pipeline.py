@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,12 +21,12 @@ from flipkd.run.encode import (
 )
 from flipkd.run.job import Job, plan_facts, run_job
 from flipkd.run.observe import observed
-from flipkd.run.output import locked, prepare, remove_folder
+from flipkd.run.output import locked, prepare, remove_folder, remove_outputs
 from flipkd.run.plan_score import ScorePlan, plan_score, work_folder
 from flipkd.run.score import ScoreWorker
-from flipkd.run.texts import SAMPLE_ROWS, TextsTask, TextsWorker, estimate_distinct, merge_texts
-from flipkd.run.top_k import TopKTask, TopKWorker, compare_candidates
-from flipkd.run.units import Plan, without_failed
+from flipkd.run.texts import SAMPLE_ROWS, TEXT_COLUMN, TextsTask, TextsWorker, estimate_distinct, merge_texts
+from flipkd.run.top_k import TopKTask, TopKWorker, compare_candidates, otherwise_compared
+from flipkd.run.units import Plan, fingerprint, without_failed
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +48,14 @@ def score(config: ScoreConfig) -> dict[str, Any]:
                 stages[name] = summary(encode_planned(encode_plan))
             if config.is_inline:
                 found, texts_stages = _encode_inline(planned)
-                job = replace(job, plan=without_failed(job.plan, found, done))
+                # The best K are compared anew over what can be read now, whatever an earlier run wrote.
+                plan = found if config.top_k is not None else without_failed(job.plan, found, done)
+                job = replace(job, plan=plan)
                 stages.update(texts_stages)
             if config.top_k is not None:
-                job, stages["candidates"] = _top_k_job(planned)
+                job, stages["candidates"], stale = _top_k_job(planned, job, done)
+                done = {name: report for name, report in done.items() if name not in stale}
+            job = replace(job, skipped_units=skipped_before(stages, planned.job.plan, job.plan))
         complete = all(stage.get("complete", True) for stage in stages.values())
         manifest = run_job(replace(job, about={**job.about, "stages": stages, "stages_complete": complete}), done)
         _remove_work(planned)
@@ -106,6 +111,7 @@ def _encode_inline(planned: ScorePlan) -> tuple[Plan, dict[str, Any]]:
     encode = EncodeConfig(
         encoder=config.encoder,
         records=work.child("texts").path,
+        text_column=TEXT_COLUMN,
         output=task.store,
         dtype=config.dtype,
         cache=config.cache,
@@ -146,20 +152,33 @@ def encode_inline(job: Job, texts: TextsTask, work: Location, encode: EncodeConf
     return replace(job.plan, units=units), {"texts": summary(listed), "encode": summary(encoded)}
 
 
-def _top_k_job(planned: ScorePlan) -> tuple[Job, dict[str, Any]]:
-    """Scores into candidates, compares them over all units, and gives the job that writes the survivors."""
+def _top_k_job(planned: ScorePlan, job: Job, done: Iterable[str]) -> tuple[Job, dict[str, Any], list[str]]:
+    """Scores into candidates, compares them over all units, and gives the job that writes the survivors.
+
+    Outputs among ``done`` that were compared over other units than can be read now are deleted: what survives in them
+    may differ. Their names come last.
+    """
     config, task = planned.config, planned.task
     assert config.top_k is not None
     candidates = work_folder(config, planned.job.plan, task.run_fingerprint).child("candidates")
     worker = partial(ScoreWorker, replace(task, output=candidates, top_k=config.top_k))
-    found = run_job(replace(planned.job, kind="candidates", output=candidates, make_worker=worker))
+    found = run_job(replace(job, kind="candidates", output=candidates, make_worker=worker))
     failed = {failure["output"] for failure in found["skipped_units"]}
-    units = [unit for unit in planned.job.plan.units if unit.output not in failed]
+    units = [unit for unit in job.plan.units if unit.output not in failed]
     names = [unit.output for unit in units]
     keep = dict(zip(names, compare_candidates(candidates, names, config.top_k), strict=True))
-    last = TopKTask(candidates, task.output, task.run_fingerprint, keep)
-    plan = replace(planned.job.plan, units=units)
-    return replace(planned.job, plan=plan, make_worker=partial(TopKWorker, last)), summary(found)
+    last = TopKTask(candidates, task.output, task.run_fingerprint, keep, fingerprint({"compared": names}))
+    stale = otherwise_compared(task.output, done, last.compared)
+    remove_outputs(task.output, stale)
+    last_job = replace(job, plan=replace(job.plan, units=units), make_worker=partial(TopKWorker, last))
+    return last_job, summary(found), stale
+
+
+def skipped_before(stages: Mapping[str, Mapping[str, Any]], planned: Plan, left: Plan) -> list[dict[str, str]]:
+    """The planned units that a stage has failed in and that are ``left`` out for it, each with the error."""
+    missing = {unit.output for unit in planned.units} - {unit.output for unit in left.units}
+    failures = (failure for stage in stages.values() for failure in stage.get("skipped_units", ()))
+    return [failure for failure in failures if failure["output"] in missing]
 
 
 def summary(manifest: dict[str, Any]) -> dict[str, Any]:

@@ -23,10 +23,10 @@ from flipkd.run.local import UnitFunction
 from flipkd.run.manifest import WORK_FOLDER
 from flipkd.run.observe import observed
 from flipkd.run.output import locked, prepare, remove_folder
-from flipkd.run.pipeline import encode_inline, summary
+from flipkd.run.pipeline import encode_inline, skipped_before, summary
 from flipkd.run.plan_teach import TeachPlan, plan_teach
 from flipkd.run.teach_units import BiEncoderWorker, CrossEncoderWorker, TeachTask
-from flipkd.run.texts import TextsTask
+from flipkd.run.texts import TEXT_COLUMN, TextsTask
 from flipkd.run.units import Plan, plan_fingerprint, without_failed, work_name
 
 # In the folder of teacher vectors: of which run over which pairs they are.
@@ -64,6 +64,7 @@ def teach(config: TeachConfig) -> dict[str, Any]:
                 plan, encode_stages = _encode(planned, replace(job, plan=plan), work, vectors)
                 stages.update(encode_stages)
             plan = without_failed(planned.plan, plan, done)
+            job = replace(job, skipped_units=skipped_before(stages, planned.plan, plan))
         complete = all(stage["complete"] for stage in stages.values())
         about = {**job.about, "stages": stages, "stages_complete": complete}
         manifest = run_job(replace(job, plan=plan, about=about), done)
@@ -120,6 +121,7 @@ def _encode(planned: TeachPlan, job: Job, work: Location, vectors: Location) -> 
     encode = EncodeConfig(
         encoder=config.teacher,
         records=work.child("texts").path,
+        text_column=TEXT_COLUMN,
         output=store.path,
         dtype="float32",
         cache=config.cache,

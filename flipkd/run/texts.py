@@ -27,7 +27,9 @@ from flipkd.run.units import WorkUnit
 
 logger = logging.getLogger(__name__)
 
-_SCHEMA = pa.schema([("id", pa.binary(DIGEST_BYTES)), ("text", pa.large_string())])
+# Of the record table that ``merge_texts`` writes.
+TEXT_COLUMN = "text"
+_SCHEMA = pa.schema([("id", pa.binary(DIGEST_BYTES)), (TEXT_COLUMN, pa.large_string())])
 _OPTIONS = {"compression": "lz4", "use_dictionary": False, "write_statistics": False}
 _BATCH_ROWS = 1 << 15
 _ROWS_PER_FILE = 1_000_000

@@ -27,6 +27,7 @@ from flipkd.errors import ConfigError, InputError
     ids=lambda column: str(column.type),
 )
 def test_every_type_gives_the_same(column: pa.Array) -> None:
+    """Labels of every type are cast: transformers#27707."""
     found = read_labels(pa.chunked_array([column, column.slice(1)]), "label", "a.parquet")
     assert found.type == pa.float32()
     assert found.to_pylist() == [1.0, 0.0, 1.0, 0.0, 1.0]
@@ -65,6 +66,7 @@ def test_null_is_passed_on_only_where_it_is_allowed(column: pa.Array) -> None:
     ids=str,
 )
 def test_other_values_are_refused_without_being_told(column: pa.Array) -> None:
+    """transformers#27707: an early error in place of a wrong loss."""
     with pytest.raises(InputError, match="'label' is neither 0 nor 1 in row 1") as caught:
         read_labels(pa.chunked_array([column]), "label", "a.parquet", allows_null=True)
     assert "secret" not in str(caught.value)

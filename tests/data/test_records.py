@@ -19,6 +19,7 @@ def rendered(template: str, **columns: object) -> list[str | None]:
 
 
 def test_null_and_empty_are_both_missing() -> None:
+    """dedupe#460, mteb#1043."""
     assert rendered("{text}", text=[None, "", " ", "\t\n", "a"]) == [None, None, None, None, "a"]
     assert rendered("{text}", text=pa.nulls(2)) == [None, None]
 
@@ -47,6 +48,7 @@ def test_a_template_reaches_nothing_but_columns(template: str) -> None:
 
 
 def test_one_normal_form() -> None:
+    """NFC and NFD of one name are one text: transformers#5738; a leading space: sentence-transformers#782."""
     names = ["Nguyễn Văn Ân", "مُحَمَّد", "😀 李小龙", "é"]
     composed = normalise(pa.array([unicodedata.normalize("NFC", name) for name in names], pa.large_string()))
     decomposed = normalise(pa.array([f" {unicodedata.normalize('NFD', name)}\n" for name in names], pa.large_string()))
@@ -78,6 +80,7 @@ def test_normalise_is_what_it_says(texts: list[str | None]) -> None:
     ],
 )
 def test_every_layout_of_text_reads_the_same(kind: pa.DataType) -> None:
+    """arrow#47177, ray#33279."""
     column = pa.chunked_array([pa.array(["a", None, "ü"]), pa.array(["b", "a"])]).cast(kind)
     values, invalid = as_text(column, "x")
     assert values.to_pylist() == ["a", None, "ü", "b", "a"]
@@ -86,6 +89,7 @@ def test_every_layout_of_text_reads_the_same(kind: pa.DataType) -> None:
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary(), pa.dictionary(pa.int32(), pa.string())])
 def test_bytes_that_are_not_utf8_mark_their_row_alone(kind: pa.DataType) -> None:
+    """arrow#29635."""
     raw = [b"good", b"he\xffllo", None, b"also good"]
     if pa.types.is_dictionary(kind):
         words = pa.Array.from_buffers(pa.string(), 4, pa.array(raw, pa.binary()).buffers(), 1)

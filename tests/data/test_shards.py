@@ -27,6 +27,7 @@ def read_all(location: Location, shard: Shard, columns: list[str] | None = None)
 
 
 def test_only_parquet_files_are_the_table(tmp_path: Path) -> None:
+    """What other tools leave beside the shards is not read: ray#57704, duckdb#15916."""
     table = pa.table({"id": [1, 2, 3]})
     pq.write_table(table, tmp_path / "part-0.parquet")
     (tmp_path / "sub").mkdir()
@@ -54,6 +55,7 @@ def test_an_unknown_scheme_is_refused() -> None:
 
 
 def test_columns_are_matched_by_name(tmp_path: Path) -> None:
+    """A shard may have its columns in another order: ray PR#63582."""
     pq.write_table(pa.table({"left_id": [1], "right_id": [2]}), tmp_path / "a.parquet")
     pq.write_table(pa.table({"right_id": [4], "left_id": [3]}), tmp_path / "b.parquet")
     location = open_location(tmp_path)
@@ -73,6 +75,7 @@ def test_a_missing_and_a_doubled_column_are_named(tmp_path: Path) -> None:
 
 
 def test_hive_partition_values_stay_text(tmp_path: Path) -> None:
+    """007 is not 7: prestodb#2233."""
     for branch in ("branch=007", "branch=a%20b", "branch=__HIVE_DEFAULT_PARTITION__"):
         (tmp_path / branch).mkdir()
         pq.write_table(pa.table({"id": [1, 2]}), tmp_path / branch / "part.parquet")
@@ -89,6 +92,7 @@ def test_hive_partition_values_stay_text(tmp_path: Path) -> None:
 
 
 def test_a_truncated_file_is_named(tmp_path: Path) -> None:
+    """A file that lost its last bytes: Spark PR#16474."""
     path = tmp_path / "part-0.parquet"
     pq.write_table(pa.table({"id": list(range(1000))}), path)
     path.write_bytes(path.read_bytes()[:-100])

@@ -33,6 +33,7 @@ def pairs_with(write_parquet: WriteParquet, **columns: object) -> str:
     ],
 )
 def test_labels_of_any_type(write_parquet: WriteParquet, labels: pa.Array) -> None:
+    """transformers#27707."""
     found = read_training_pairs(pairs_with(write_parquet, label=labels))
     assert found.labels is not None
     np.testing.assert_array_equal(found.labels, np.array([1, 0, 1], np.float32))
@@ -48,6 +49,7 @@ def test_labels_of_any_type(write_parquet: WriteParquet, labels: pa.Array) -> No
     ],
 )
 def test_bad_labels_are_named_by_file_and_row(write_parquet: WriteParquet, labels: pa.Array, what: str) -> None:
+    """Null is refused as other values are: transformers#27707."""
     path = pairs_with(write_parquet, label=labels)
     with pytest.raises(InputError, match=rf"part-0.parquet .*'label' {what}"):
         read_training_pairs(path)
@@ -70,7 +72,10 @@ def test_a_named_column_must_be_there(write_parquet: WriteParquet) -> None:
 
 
 def test_texts_are_normalised_and_stand_once(write_parquet: WriteParquet) -> None:
-    """NFC and NFD of one name are one text, as in scoring; blank and null texts drop their pair, counted."""
+    """NFC and NFD of one name are one text, as in scoring; blank and null texts drop their pair, counted.
+
+    transformers#5738, sentence-transformers#782.
+    """
     columns = {
         "left_text": ["Nguyễn", "Nguyê\u0303n ", None, "x"],
         "right_text": ["y", "y", "y", "  "],
@@ -91,6 +96,7 @@ def test_pairs_without_a_score_are_counted_and_dropped(write_parquet: WriteParqu
 
 
 def test_shards_of_other_string_types_give_the_same(write_parquet: WriteParquet) -> None:
+    """arrow#47177, ray#33279, for training."""
     for number, kind in enumerate((pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string()))):
         texts = {name: pa.array(["a", "b"]).cast(kind) for name in ("left_text", "right_text")}
         write_parquet(f"pairs/part-{number}.parquet", {**texts, "label": [1, 0]})

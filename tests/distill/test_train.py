@@ -86,7 +86,10 @@ def test_no_text_stands_in_the_run_folder(make_config: MakeConfig, icd9: list[tu
 def test_resumed_weights_are_those_of_an_unbroken_run(
     make_config: MakeConfig, tmp_path: Path, objective: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Dropout included; also from a checkpoint before the last, when the last is damaged."""
+    """Dropout included; also from a checkpoint before the last, when the last is damaged.
+
+    ray#46814; ray#41700.
+    """
     options: dict[str, Any] = {"student": {"dropout": 0.2}, "loss": LossOptions(objective=objective)}  # type: ignore[arg-type]
     whole = make_config(output=str(tmp_path / "whole"), **options)
     train(whole)
@@ -117,7 +120,10 @@ def test_resumed_weights_are_those_of_an_unbroken_run(
 
 
 def test_killed_runs_go_on_and_end_the_same(make_config: MakeConfig, tmp_path: Path) -> None:
-    """SIGKILL at any moment, checkpoint writing included: what is there is whole, and the rerun ends the same."""
+    """SIGKILL at any moment, checkpoint writing included: what is there is whole, and the rerun ends the same.
+
+    ray#41700.
+    """
     options: dict[str, Any] = {"steps": 40, "checkpoint_every": 1, "evaluate_every": 20}
     whole = make_config(output=str(tmp_path / "whole"), **options)
     train(whole)

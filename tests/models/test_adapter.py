@@ -28,6 +28,7 @@ def saved(base_dir: Path, tmp_path: Path) -> tuple[Path, np.ndarray]:
 
 
 def test_a_fresh_process_gives_the_same_vectors(saved: tuple[Path, np.ndarray], tmp_path: Path) -> None:
+    """Saved and loaded it is the same student to the bit: peft#310, peft#577."""
     folder, vectors = saved
     code = (
         "import sys, numpy; from flipkd.models.adapter import load_student;"
@@ -38,6 +39,7 @@ def test_a_fresh_process_gives_the_same_vectors(saved: tuple[Path, np.ndarray], 
 
 
 def test_a_missing_weight_is_fatal(saved: tuple[Path, np.ndarray]) -> None:
+    """No weight is silently replaced by a random one: peft#310, peft#577."""
     weights = load_file(saved[0] / WEIGHTS_FILE)
     lost = sorted(weights)[3]
     del weights[lost]
@@ -61,7 +63,10 @@ def test_a_missing_or_cut_file_is_fatal(saved: tuple[Path, np.ndarray], name: st
 def test_another_base_is_refused(
     saved: tuple[Path, np.ndarray], shape: dict[str, int], tmp_path: Path, minilm_dir: Path
 ) -> None:
-    """Of the same shape with other weights, and of another shape."""
+    """Of the same shape with other weights, and of another shape.
+
+    peft#1932, peft PR#2118.
+    """
     other = make_base(tmp_path / "other", minilm_dir, seed=1, **shape)
     with pytest.raises(ModelError, match="another base"):
         load_student(saved[0], base=str(other))

@@ -96,6 +96,7 @@ def copy(plain: Path, tmp_path: Path) -> Path:
 def test_one_logit_scores_as_sentence_transformers_does(
     plain: Path, tmp_path: Path, activation: str | None, scale: str
 ) -> None:
+    """The scale of a score is known with it: sentence-transformers#1004, sentence-transformers#1058."""
     folder = plain
     if activation is not None:
         folder = tmp_path / "saved"
@@ -111,6 +112,7 @@ def test_one_logit_scores_as_sentence_transformers_does(
 
 
 def test_the_order_in_a_pair_matters(plain: Path) -> None:
+    """A cross-encoder reads (left, right) as it stands: sentence-transformers#799."""
     scores = scores_of(load_cross_encoder(plain))
     assert abs(scores[0] - scores[1]) > 1e-4
     assert abs(scores[2] - scores[3]) > 1e-4
@@ -147,6 +149,7 @@ def test_of_two_logits_the_second_probability(minilm_dir: Path, tmp_path: Path) 
 
 
 def test_both_texts_stay_and_cuts_are_told(plain: Path) -> None:
+    """sentence-transformers#574, #929, #4060: neither text is lost to the other's length."""
     encoder = load_cross_encoder(plain)
     pairs = [("short", LONG * 30), (LONG * 30, "other"), ("short", "other"), (LONG * 30, LONG * 30 + "end")]
     found = encoder.score_pairs(*zip(*pairs, strict=True))
@@ -159,6 +162,7 @@ def test_both_texts_stay_and_cuts_are_told(plain: Path) -> None:
 
 @pytest.mark.parametrize("max_tokens", [1, 100, 5000])
 def test_batches_and_neighbours_do_not_matter(plain: Path, max_tokens: int) -> None:
+    """sentence-transformers#3197, sentence-transformers#2312."""
     encoder = load_cross_encoder(plain, threads=2)
     together = scores_of(encoder, PAIRS * 2, max_tokens=max_tokens)
     alone = [scores_of(encoder, [pair])[0] for pair in PAIRS]
@@ -195,6 +199,7 @@ def test_special_tokens_in_a_text_are_plain_text(plain: Path) -> None:
 def test_a_decoder_without_padding_token(
     small_vocabulary: Tokenizer, tmp_path: Path, pad_token_id: int | None, padding_side: str, labels: int
 ) -> None:
+    """transformers#34055, transformers#35909, sentence-transformers#3208."""
     torch.manual_seed(5)
     config = Qwen2Config(vocab_size=600, num_key_value_heads=2, num_labels=labels, pad_token_id=pad_token_id, **SHAPE)
     Qwen2ForSequenceClassification(config).eval().save_pretrained(tmp_path)
@@ -276,6 +281,7 @@ def broken(value: float) -> Callable[..., torch.Tensor]:
 
 
 def test_what_is_not_finite_is_computed_again_or_fails_loudly(plain: Path) -> None:
+    """transformers#31035, transformers#45491."""
     encoder = load_cross_encoder(plain)
     expected = scores_of(encoder)
     encoder._exact_model = encoder._model

@@ -66,6 +66,7 @@ def test_close_to_sentence_transformers_in_bf16(minilm_dir: Path, texts: list[st
 
 @pytest.mark.parametrize("max_tokens", [1, 7, 64, 100_000])
 def test_batch_size_and_order_do_not_matter(encoder: Encoder, texts: list[str], max_tokens: int) -> None:
+    """sentence-transformers#3197, sentence-transformers#2312."""
     reference = encoder.encode_texts(texts)
     order = np.random.default_rng(max_tokens).permutation(len(texts))
     shuffled = encoder.encode_texts([texts[place] for place in order], max_tokens=max_tokens)
@@ -74,6 +75,7 @@ def test_batch_size_and_order_do_not_matter(encoder: Encoder, texts: list[str], 
 
 
 def test_one_text_alone_equals_the_same_in_a_batch(encoder: Encoder, texts: list[str]) -> None:
+    """sentence-transformers#3197, sentence-transformers#2312."""
     together = encoder.encode_texts(texts).vectors
     for place in (0, 30, 110, 111, 115):
         np.testing.assert_allclose(encoder.encode_texts([texts[place]]).vectors[0], together[place], atol=1e-5)
@@ -99,6 +101,7 @@ def test_more_texts_than_one_chunk_keep_their_order(encoder: Encoder) -> None:
 
 
 def test_truncation_is_counted_per_text(encoder: Encoder, peer: SentenceTransformer) -> None:
+    """sentence-transformers#574, #929, #4060: a text beyond the maximum length is cut, and it shows."""
     texts = ["word " * 600, "word " * 5, "word " * 2000, "word " * 254, "word " * 255]
     encoded = encoder.encode_texts(texts)
     assert encoder.max_length == 256

@@ -133,7 +133,7 @@ def test_the_folder_holds_the_cut_model_and_no_chat_template(llama_dir: Path, tm
 def test_a_base_without_a_pad_token_on_both_padding_sides(
     tmp_path: Path, tokenizer_dir: Path, padding_side: str, pooling: str
 ) -> None:
-    """Case 24."""
+    """transformers#34055, transformers#35909, sentence-transformers#3208."""
     base = make_base(tmp_path / "base", tokenizer_dir, 0)
     file = base / "tokenizer_config.json"
     values = json.loads(file.read_text())
@@ -151,7 +151,7 @@ def test_a_base_without_a_pad_token_on_both_padding_sides(
 def check_merged_against_unmerged(
     base: Path, output: Path, pairs: list[tuple[str, str]], float32: float, bf16: float, **options: Any
 ) -> None:
-    """Case 29: scores of the adapter unmerged (the student) and merged (the encoder), in both number formats."""
+    """Scores of the adapter unmerged (the student) and merged (the encoder), in both number formats."""
     student = make_student(base, **options)
     texts = [text for pair in pairs for text in pair]
     found = export_student(student, output, texts)
@@ -178,6 +178,7 @@ def check_merged_against_unmerged(
 
 
 def test_merged_equals_unmerged(llama_dir: Path, tmp_path: Path, pairs: list[tuple[str, str]]) -> None:
+    """peft#2502, peft#1388."""
     check_merged_against_unmerged(llama_dir, tmp_path / "encoder", pairs, float32=0.999999, bf16=0.95)
 
 
@@ -185,6 +186,7 @@ def test_merged_equals_unmerged(llama_dir: Path, tmp_path: Path, pairs: list[tup
 def test_merged_equals_unmerged_with_the_real_model(
     smollm2_dir: Path, tmp_path: Path, pairs: list[tuple[str, str]]
 ) -> None:
+    """peft#2502, peft#1388."""
     shape = {"layer": 10, "dimension": 128, "rank": 64, "max_length": 128}
     check_merged_against_unmerged(smollm2_dir, tmp_path / "encoder", pairs, float32=0.99999, bf16=0.99, **shape)
     texts = [text for pair in pairs[:20] for text in pair]
@@ -213,6 +215,7 @@ def test_the_real_model_and_the_student_is_left_as_it_was(tmp_path: Path, smollm
 
 
 def test_an_encoder_that_is_not_the_student_is_not_published(llama_dir: Path, tmp_path: Path) -> None:
+    """Beyond the tolerance nothing is exported: peft#2502, peft#1388."""
     student = make_student(llama_dir)
     export_student(student, tmp_path / "encoder", TEXTS)
     before = folder_fingerprint(tmp_path / "encoder")

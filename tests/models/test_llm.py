@@ -125,6 +125,7 @@ def test_what_sharing_saves_can_be_counted(llm_dir: Path) -> None:
 
 @pytest.mark.parametrize("max_tokens", [1, 150, 10_000])
 def test_neighbours_in_a_batch_change_nothing(llm_dir: Path, pairs: Pairs, max_tokens: int) -> None:
+    """A short and a long prompt together: transformers#34055, transformers#35909."""
     whole = load_llm(LlmOptions(str(llm_dir), device="cpu"), threads=1).score_pairs(*pairs).probabilities
     llm = load_llm(LlmOptions(str(llm_dir), device="cpu", max_tokens=max_tokens), threads=2)
     order = np.random.default_rng(0).permutation(len(pairs[0]))
@@ -209,6 +210,7 @@ def test_a_prompt_must_end_with_words_and_be_there(make_prompt: MakePrompt, tmp_
 
 
 def test_the_longer_text_is_cut_first_and_none_is_lost(llm_dir: Path) -> None:
+    """sentence-transformers#574, #929, #4060, for the LLM."""
     options = LlmOptions(str(llm_dir), device="cpu")
     fixed = load_prompts(options).prompt.longest
     llm = load_llm(replace(options, max_length=fixed + 10), threads=1)
@@ -282,6 +284,7 @@ def test_numbers_that_are_not_finite_are_an_error_that_names_places(
 
 
 def test_what_overflows_in_bf16_is_asked_again_in_float32(llm_dir: Path, pairs: Pairs) -> None:
+    """transformers#31035, transformers#45491."""
     exact = load_llm(LlmOptions(str(llm_dir), device="cpu"), threads=1).score_pairs(*pairs).probabilities
     llm = load_llm(LlmOptions(str(llm_dir), device="cpu", dtype="bf16"), threads=1)
     near = llm.score_pairs(*pairs).probabilities

@@ -127,7 +127,10 @@ def test_bf16_stays_near_float32(base_dir: Path) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_short_and_long_texts_together_in_bf16_are_finite(family: str, tmp_path: Path, minilm_dir: Path) -> None:
-    """3 and 700 tokens in one batch, forwards and backwards."""
+    """3 and 700 tokens in one batch, forwards and backwards.
+
+    transformers#31035, transformers#45491.
+    """
     base = make_base(tmp_path / "base", minilm_dir, 0, CLASSES[family], max_position_embeddings=1024)
     student = shaken(new_student(StudentOptions(str(base), layer=2, dimension=8, rank=4, max_length=700, dtype="bf16")))
     ids = [[5, 6, 7], [number % 900 + 5 for number in range(700)]]

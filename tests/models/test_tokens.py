@@ -87,6 +87,7 @@ FORKS = """
 
 @pytest.mark.parametrize("parallel", ["true", None])
 def test_forked_children_tokenise_and_encode(minilm_dir: Path, parallel: str | None) -> None:
+    """tokenizers#187."""
     environment = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
     if parallel:
         environment["TOKENIZERS_PARALLELISM"] = parallel

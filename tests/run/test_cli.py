@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from flipkd.cli import main
+from flipkd.run.progress import progress_bar
 from tests.run.conftest import World
 
 MakePairs = Callable[..., Path]
@@ -61,6 +63,7 @@ def test_encode_score_status_end_to_end(world: World, make_pairs: MakePairs, tmp
 
 
 def test_exit_codes(world: World, make_pairs: MakePairs, tmp_path: Path) -> None:
+    """A skipped file ends in another exit code than success: Spark PR#16474."""
     pairs = make_pairs()
     common = ["score", "--pairs", str(pairs), "--output", str(tmp_path / "out")]
     code, _, err = run(*common)
@@ -107,6 +110,7 @@ def test_options_from_a_file_and_a_flag_that_wins(
 
 
 def test_progress_in_a_log_is_plain_lines(world: World, make_pairs: MakePairs, tmp_path: Path) -> None:
+    """ray#50890, ray#57734."""
     command = [
         sys.executable, "-m", "flipkd.cli", "score", "--pairs", str(make_pairs(files=3)), "--store", world.left_store,
         "--output", str(tmp_path / "out"),
@@ -115,3 +119,24 @@ def test_progress_in_a_log_is_plain_lines(world: World, make_pairs: MakePairs, t
     assert "\r" not in done.stderr
     assert "\x1b" not in done.stderr
     assert done.stderr.count("score: 90.0 of 90.0  pairs") == 1
+
+
+def test_the_rest_is_estimated_from_rows_within_the_first_minute(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """ray#42782."""
+    seconds = 0.0
+    monkeypatch.setattr("tqdm.std.time", lambda: seconds)
+    told: list[tuple[float, str]] = []
+    with progress_bar("score", 1000, "pairs", shown=True) as bar:
+        for _ in range(10):
+            seconds += 20  # a unit of 100 pairs takes so long
+            bar.update(100)
+            told += [(seconds, line) for line in capsys.readouterr().err.splitlines()]
+    assert told[0][0] <= 60
+    assert len(told) >= 4
+    for at, line in told:
+        found = re.fullmatch(r"score: (\S+) of 1.00k  pairs, .*, about (\d\d):(\d\d) left", line)
+        assert found is not None, line
+        assert float(found[1].replace("k", "e3")) == 5 * at
+        assert int(found[2]) * 60 + int(found[3]) == pytest.approx(200 - at, abs=2)

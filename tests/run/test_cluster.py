@@ -68,6 +68,7 @@ def test_a_node_is_killed_midway_and_the_bytes_are_the_same(
 def test_a_killed_worker_and_a_killed_driver(
     world: World, make_pairs: MakePairs, cluster: Cluster, tmp_path: Path
 ) -> None:
+    """Daft#3576."""
     pairs = make_pairs(files=30, rows=2000)
     expected = local_run(world, pairs, tmp_path / "undisturbed")
     output = tmp_path / "out"
@@ -132,6 +133,7 @@ def test_ray_local_gives_the_same_bytes(world: World, make_pairs: MakePairs, tmp
 
 @pytest.mark.slow
 def test_no_free_cpu_ends_within_the_stated_time(world: World, make_pairs: MakePairs, tmp_path: Path) -> None:
+    """ray#41029."""
     run = command(
         world, make_pairs(), tmp_path / "out", "--ray", "local", "--threads", "1000", "--start-timeout-s", "5"
     )
@@ -144,6 +146,7 @@ def test_no_free_cpu_ends_within_the_stated_time(world: World, make_pairs: MakeP
 
 @pytest.mark.slow
 def test_a_worker_that_dies_again_and_again_ends_the_job(world: World, make_pairs: MakePairs, tmp_path: Path) -> None:
+    """ray#52815."""
     pairs, output = make_pairs(), tmp_path / "out"
     options = ("--ray", "local", "--max-retries", "1")
     run = command(world, pairs, output, *options, dies_at="part-002")

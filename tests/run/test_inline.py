@@ -21,7 +21,7 @@ from flipkd.run.manifest import UnitReport
 from flipkd.run.pipeline import dry_run, score
 from flipkd.run.texts import TextsWorker
 from flipkd.run.units import WorkUnit
-from tests.run.conftest import World
+from tests.run.conftest import RECORDS, World
 from tests.run.test_score import read_scores
 
 
@@ -53,6 +53,7 @@ def test_distinct_texts_are_encoded_once_over_all_units(world: World, tmp_path: 
 
 @pytest.mark.parametrize("null_first", [True, False])
 def test_null_and_empty_are_missing_and_never_match(world: World, tmp_path: Path, null_first: bool) -> None:
+    """dedupe#460, mteb#1043."""
     rows = [(None, "x"), ("", ""), (" ", "x"), ("x", None), ("x", "x")]
     rows = rows if null_first else rows[::-1]
     manifest = score(inline(tmp_path, world.encoder, [texts(*zip(*rows, strict=True))], threshold=0.5))
@@ -72,6 +73,7 @@ def test_all_texts_missing_is_a_result_too(world: World, tmp_path: Path) -> None
 
 
 def test_bytes_that_are_not_utf8_spare_the_shard(world: World, tmp_path: Path) -> None:
+    """arrow#29635."""
     raw = pa.array([b"a cat", b"he\xffllo", None], pa.binary())
     broken = pa.Array.from_buffers(pa.string(), 3, raw.buffers(), 1)
     table = pa.table({"left_text": broken, "right_text": ["a cat", "a cat", "a cat"]})
@@ -84,6 +86,7 @@ def test_bytes_that_are_not_utf8_spare_the_shard(world: World, tmp_path: Path) -
 
 @pytest.mark.parametrize("name", ["Nguyễn Văn Ân", "مُحَمَّد", "😀 李小龙", "Café"])
 def test_normal_forms_and_white_space_agree_and_the_raw_text_stays(world: World, tmp_path: Path, name: str) -> None:
+    """transformers#5738; a leading space: sentence-transformers#782."""
     composed, decomposed = (unicodedata.normalize(form, name) for form in ("NFC", "NFD"))
     score(inline(tmp_path, world.encoder, [texts([composed, composed], [decomposed, f" {composed}\n"])]))
     found = read_scores(tmp_path / "out")
@@ -92,6 +95,7 @@ def test_normal_forms_and_white_space_agree_and_the_raw_text_stays(world: World,
 
 
 def test_three_layouts_of_text_score_the_same(world: World, tmp_path: Path) -> None:
+    """arrow#47177, ray#33279."""
     left, right = world.texts[0][:8], world.texts[1][:8]
     files = [
         texts(left, right, pa.string()),
@@ -104,6 +108,7 @@ def test_three_layouts_of_text_score_the_same(world: World, tmp_path: Path) -> N
 
 
 def test_a_swapped_pair_scores_the_same(world: World, tmp_path: Path) -> None:
+    """sentence-transformers#799."""
     left, right = world.texts[0][:8], world.texts[1][:8]
     score(inline(tmp_path, world.encoder, [texts([*left, *right], [*right, *left])], columns=("score",)))
     scores = read_scores(tmp_path / "out").column("score").to_pylist()
@@ -111,6 +116,7 @@ def test_a_swapped_pair_scores_the_same(world: World, tmp_path: Path) -> None:
 
 
 def test_long_texts_are_cut_each_on_its_own_and_it_is_visible(world: World, tmp_path: Path) -> None:
+    """sentence-transformers#574, #929, #4060: 600 and 600 tokens that differ after the cut, 5 and 2,400."""
     short, long = "pain in the left knee", "word " * 600
     rows = [(long + "end", long + "other"), (short, long * 4), (short, short), (long, short)]
     manifest = score(inline(tmp_path, world.encoder, [texts(*zip(*rows, strict=True))]))
@@ -123,19 +129,29 @@ def test_long_texts_are_cut_each_on_its_own_and_it_is_visible(world: World, tmp_
     assert found.column("score").to_pylist()[3] < 0.9
 
 
-@pytest.mark.parametrize("rows_per_unit", [1, 7, 64])
-def test_scores_do_not_depend_on_units_and_order(world: World, tmp_path: Path, rows_per_unit: int) -> None:
-    left, right = world.texts[0][:33], world.texts[1][:33]
-    order = np.random.default_rng(rows_per_unit).permutation(33)
-    table = texts([left[row] for row in order], [right[row] for row in order])
-    task = inline(tmp_path, world.encoder, [table], columns=("score",))
-    pq.write_table(table, tmp_path / "pairs/000.parquet", row_group_size=rows_per_unit)
-    score(replace(task, rows_per_unit=rows_per_unit))
-    scores = read_scores(tmp_path / "out").column("score").to_numpy()
-    np.testing.assert_allclose(scores, [world.cosine(row, row) for row in order], atol=1e-5)
+@pytest.mark.parametrize("batch", [1, 7, 64])
+def test_scores_do_not_depend_on_batches_units_and_order(world: World, tmp_path: Path, batch: int) -> None:
+    """sentence-transformers#3197, sentence-transformers#2312: one pair more than a batch, shuffled.
+
+    Every row is there, within 1e-5, and no decision flips but where the score lies that near to the threshold.
+    """
+    tolerance, threshold = 1e-5, 0.5
+    rows = [(row % RECORDS, row * 7 % RECORDS) for row in np.random.default_rng(batch).permutation(batch + 1)]
+    table = texts([world.texts[0][left] for left, _ in rows], [world.texts[1][right] for _, right in rows])
+    task = inline(tmp_path, world.encoder, [table], columns=("score", "match"), threshold=threshold)
+    pq.write_table(table, tmp_path / "pairs/000.parquet", row_group_size=batch)
+    encoder = EncoderOptions(world.encoder, max_tokens=16 * batch)
+    manifest = score(replace(task, encoder=encoder, rows_per_unit=batch))
+    assert (manifest["rows_out"], manifest["units"]) == (batch + 1, 2)
+    found = read_scores(tmp_path / "out")
+    expected = np.array([world.cosine(left, right) for left, right in rows])
+    np.testing.assert_allclose(found.column("score").to_numpy(), expected, atol=tolerance)
+    flips = np.flatnonzero(np.array(found.column("match").to_pylist()) != (expected >= threshold))
+    assert (np.abs(expected[flips] - threshold) <= tolerance).all()
 
 
 def test_an_encoder_and_a_length_never_share_vectors(world: World, tmp_path: Path) -> None:
+    """AutoIntent PR#337."""
     table = texts(["pain in the left knee after a fall"], ["pain in the right hand after a burn"])
     results = set()
     for number, options in enumerate((EncoderOptions(world.encoder), EncoderOptions(world.encoder, max_length=4))):
@@ -163,12 +179,14 @@ def test_a_killed_encode_stage_is_resumed(world: World, tmp_path: Path, monkeypa
     assert read_scores(tmp_path / "out").equals(read_scores(tmp_path / "undisturbed"))
 
 
+@pytest.mark.parametrize("top_k", [None, 1])
 def test_a_unit_whose_texts_could_not_be_listed_is_not_scored_by_halves(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, top_k: int | None
 ) -> None:
     left, right = world.texts
     run = RunOptions(on_bad_shard="skip")
-    task = inline(tmp_path, world.encoder, [texts(left[:9], right[:9]), texts(left[9:15], right[9:15])], run=run)
+    tables = [texts(left[:9], right[:9]), texts(left[9:15], right[9:15])]
+    task = inline(tmp_path, world.encoder, tables, run=run, top_k=top_k)
     call = TextsWorker.__call__
 
     def fails_once(self: TextsWorker, unit: WorkUnit) -> UnitReport:
@@ -180,7 +198,9 @@ def test_a_unit_whose_texts_could_not_be_listed_is_not_scored_by_halves(
         patch.setattr(TextsWorker, "__call__", fails_once)
         manifest = score(task)
     assert (manifest["units"], manifest["reasons"], manifest["complete"]) == (1, {}, False)
+    assert [failure["error"] for failure in manifest["skipped_units"]] == ["the network went away"]
     manifest = score(task)
+    assert manifest["skipped_units"] == []
     assert (manifest["units"], manifest["reasons"], manifest["complete"]) == (2, {}, True)
 
 
@@ -204,6 +224,7 @@ def test_a_dry_run_estimates_the_distinct_texts(world: World, tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_more_than_two_gib_of_text_in_one_row_group(world: World, tmp_path: Path) -> None:
+    """ray#47448."""
     import psutil
 
     words = [f"{number} " + "long text " * 3300 for number in range(40)]  # 33 kB each, 70,000 rows: 2.3 GB

@@ -58,6 +58,7 @@ def config(world: World, pairs: Path, output: Path) -> ScoreConfig:
 def test_a_killed_driver_is_taken_up_again_to_the_same_bytes(
     world: World, make_pairs: MakePairs, tmp_path: Path, share: float
 ) -> None:
+    """Daft#3576."""
     pairs = make_pairs(files=60, rows=3000)
     score(config(world, pairs, tmp_path / "undisturbed"))
     expected = contents(tmp_path / "undisturbed")
@@ -84,6 +85,7 @@ def test_a_killed_driver_is_taken_up_again_to_the_same_bytes(
 
 
 def test_a_second_job_on_a_folder_is_refused(world: World, make_pairs: MakePairs, tmp_path: Path) -> None:
+    """ray#55043."""
     pairs = make_pairs()
     with locked(open_location(tmp_path / "out")):
         done = subprocess.run(command(world, pairs, tmp_path / "out"), capture_output=True, text=True, check=False)
@@ -96,6 +98,7 @@ def test_a_second_job_on_a_folder_is_refused(world: World, make_pairs: MakePairs
 
 
 def test_the_lock_of_an_object_store_is_refused_while_it_beats() -> None:
+    """ray#55043, where there are no locks of an operating system."""
     folder = open_location("memory://flipkd-lock/out")
     with locked(folder), pytest.raises(OutputInUseError), locked(folder):
         pass
@@ -119,6 +122,7 @@ def small_disk(tmp_path: Path) -> Path:
 def test_a_disk_that_fills_up_keeps_what_is_finished(
     world: World, make_pairs: MakePairs, tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """ray#25372."""
     pairs = make_pairs(files=20, rows=9000)
     score(config(world, pairs, tmp_path / "undisturbed"))
     expected = contents(tmp_path / "undisturbed")
@@ -135,6 +139,7 @@ def test_a_disk_that_fills_up_keeps_what_is_finished(
 
 
 def test_a_read_only_output_is_a_clear_error(world: World, make_pairs: MakePairs, tmp_path: Path) -> None:
+    """ray#25372."""
     pairs = make_pairs()
     folder = tmp_path / "read-only"
     folder.mkdir()
@@ -151,6 +156,7 @@ def test_a_read_only_output_is_a_clear_error(world: World, make_pairs: MakePairs
 def test_resume_of_a_large_job_starts_within_seconds(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """ray#65685, ray#65891, ray#60002."""
     (tmp_path / "pairs").mkdir()
     ids = np.arange(1_000, dtype=np.int64)
     table = pa.table({"left_id": ids, "right_id": ids})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,10 +21,13 @@ from flipkd.data.location import open_location
 from flipkd.data.shards import find_shards
 from flipkd.errors import ConfigError, InputError, OutputError
 from flipkd.run.encode import encode
+from flipkd.run.manifest import UnitReport
 from flipkd.run.pipeline import dry_run, score
+from flipkd.run.score import ScoreWorker
 from flipkd.run.status import status
-from flipkd.run.units import plan_units
+from flipkd.run.units import WorkUnit, plan_units
 from tests.run.conftest import RECORDS, World, record_id
+from tests.run.test_kill import contents
 
 MakePairs = Callable[..., Path]
 
@@ -64,6 +68,7 @@ def test_scores_are_the_cosines_in_input_order(world: World, make_pairs: MakePai
 
 
 def test_one_file_with_other_files_beside_it(world: World, make_pairs: MakePairs, tmp_path: Path) -> None:
+    """ray#57704, duckdb#15916."""
     pairs = make_pairs(files=2)
     for name in ("_SUCCESS", "_metadata", ".part-0.parquet.crc"):
         (pairs / name).write_bytes(b"x")
@@ -74,6 +79,7 @@ def test_one_file_with_other_files_beside_it(world: World, make_pairs: MakePairs
 
 
 def test_columns_in_another_order_are_matched_by_name(world: World, tmp_path: Path) -> None:
+    """ray PR#63582; two stores, so that a swapped pair has another score."""
     (tmp_path / "pairs").mkdir()
     pq.write_table(pair_table([(1, 2)]), tmp_path / "pairs/a.parquet")
     pq.write_table(pair_table([(1, 2)]).select(["right_id", "left_id"]), tmp_path / "pairs/b.parquet")
@@ -85,6 +91,7 @@ def test_columns_in_another_order_are_matched_by_name(world: World, tmp_path: Pa
 
 @pytest.mark.parametrize("kind", ["int32", "uint64", "int64", "dictionary"])
 def test_integer_ids_of_any_width_are_compared_by_value(world: World, tmp_path: Path, kind: str) -> None:
+    """Also a dictionary of ids: arrow#47177, ray#33279."""
     ids = {"int32": pa.int32(), "uint64": pa.uint64(), "int64": pa.int64()}
     narrow = pa.table({"id": pa.array([5, 6, 7], ids.get(kind, pa.int64())), "text": ["a cat", "a dog", "rain"]})
     (tmp_path / "records").mkdir()
@@ -100,6 +107,7 @@ def test_integer_ids_of_any_width_are_compared_by_value(world: World, tmp_path: 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string()), pa.binary()])
 def test_string_ids_of_any_layout_and_a_nul_byte(world: World, tmp_path: Path, kind: pa.DataType) -> None:
+    """ray PR#35638, duckdb PR#1942; a dictionary of ids: arrow#47177, ray#33279."""
     ids = ["a\0b", "a\0c", "a"]
     for name in ("records", "pairs"):
         (tmp_path / name).mkdir()
@@ -119,6 +127,7 @@ def test_string_ids_of_any_layout_and_a_nul_byte(world: World, tmp_path: Path, k
 
 
 def test_what_cannot_be_scored_has_a_reason_and_is_never_nan(world: World, tmp_path: Path) -> None:
+    """Missing texts: dedupe#460, mteb#1043; records that do not exist and null ids: mimic-code#20."""
     (tmp_path / "records").mkdir()
     (tmp_path / "pairs").mkdir()
     texts = pa.array([b"a cat", b"", None, b" ", b"he\xffllo", b"rain"], pa.binary())
@@ -149,6 +158,7 @@ def test_what_cannot_be_scored_has_a_reason_and_is_never_nan(world: World, tmp_p
 
 
 def test_exact_ids_and_pass_through_types(world: World, tmp_path: Path) -> None:
+    """No number goes through a float: ray#50255, pandas#56678; lists and maps are kept: arrow#32723."""
     (tmp_path / "records").mkdir()
     (tmp_path / "pairs").mkdir()
     big = 9007199254740993  # 2**53 + 1: no float64 holds it
@@ -175,7 +185,54 @@ def test_exact_ids_and_pass_through_types(world: World, tmp_path: Path) -> None:
     assert read_scores(tmp_path / "some").schema.names == ["score", "amount"]
 
 
+def test_a_column_that_is_not_asked_for_is_not_decoded(world: World, tmp_path: Path) -> None:
+    """arrow#32723: its pages are broken, and only who asks for it learns of that."""
+    (tmp_path / "pairs").mkdir()
+    path = tmp_path / "pairs/a.parquet"
+    nested = {
+        "tags": pa.array([["a", "b"] * 20] * 50, pa.list_(pa.string())),
+        "attributes": pa.array([[("k", 1), ("l", 2)]] * 50, pa.map_(pa.string(), pa.int32())),
+    }
+    pq.write_table(pair_table([(1, 2)] * 50, **nested, amount=list(range(50))), path)
+    columns = [pq.read_metadata(path).row_group(0).column(number) for number in range(6)]
+    data = bytearray(path.read_bytes())
+    for column in columns:
+        if column.path_in_schema.startswith(tuple(nested)):
+            start = column.dictionary_page_offset or column.data_page_offset
+            data[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+    path.write_bytes(data)
+    score(config(world, tmp_path / "pairs", tmp_path / "out", columns=("score", "amount")))
+    assert read_scores(tmp_path / "out").column("amount").to_pylist() == list(range(50))
+    assert read_scores(tmp_path / "out").column("score").null_count == 0
+    for name in nested:
+        with pytest.raises(InputError, match=r"a\.parquet"):
+            score(config(world, tmp_path / "pairs", tmp_path / name, columns=("score", name)))
+
+
+def test_units_of_uneven_time_keep_their_rows_in_order(
+    world: World, make_pairs: MakePairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ray#50890, ray#57734: what is done last stands where it stood in the input."""
+    task = config(world, make_pairs(), tmp_path / "out", rows_per_unit=10, run=RunOptions(workers=4, threads=4))
+    score(replace(task, output=str(tmp_path / "undisturbed")))
+    call, ended = ScoreWorker.__call__, []
+
+    def uneven(self: ScoreWorker, unit: WorkUnit) -> UnitReport:
+        time.sleep(0.3 if unit.first_row == 0 else 0.0)
+        report = call(self, unit)
+        ended.append(unit.output)
+        return report
+
+    monkeypatch.setattr(ScoreWorker, "__call__", uneven)
+    manifest = score(task)
+    assert manifest["units"] == len(ended) == 12
+    assert ended != sorted(ended)
+    assert read_scores(tmp_path / "out").column("n").to_pylist() == list(range(120))
+    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+
+
 def test_a_zero_row_shard_among_others_and_alone(world: World, make_pairs: MakePairs, tmp_path: Path) -> None:
+    """ray#28505."""
     pairs = make_pairs(files=4)
     empty = pq.read_table(pairs / "part-000.parquet").slice(0, 0)
     pq.write_table(empty, pairs / "part-0005.parquet")
@@ -190,6 +247,7 @@ def test_a_zero_row_shard_among_others_and_alone(world: World, make_pairs: MakeP
 
 
 def test_hive_folders_are_mirrored(world: World, tmp_path: Path) -> None:
+    """prestodb#2233."""
     for branch in ("007", "008"):
         folder = tmp_path / f"pairs/branch={branch}"
         folder.mkdir(parents=True)
@@ -202,6 +260,7 @@ def test_hive_folders_are_mirrored(world: World, tmp_path: Path) -> None:
 
 
 def test_a_doubled_pair_is_scored_twice_and_a_doubled_record_once(world: World, tmp_path: Path) -> None:
+    """No fan-out: splink#70, matchbox#370."""
     for name in ("records", "pairs"):
         (tmp_path / name).mkdir()
     pq.write_table(pa.table({"id": [1, 2, 1], "text": ["a cat", "rain", "a cat "]}), tmp_path / "records/a.parquet")
@@ -214,6 +273,7 @@ def test_a_doubled_pair_is_scored_twice_and_a_doubled_record_once(world: World, 
 
 
 def test_conflicting_records_are_refused_by_place(world: World, tmp_path: Path) -> None:
+    """splink#70, matchbox#370."""
     (tmp_path / "records").mkdir()
     pq.write_table(pa.table({"id": ["secret", "b"], "text": ["a cat", "rain"]}), tmp_path / "records/a.parquet")
     pq.write_table(pa.table({"id": ["c", "secret"], "text": ["snow", "a dog"]}), tmp_path / "records/b.parquet")
@@ -227,6 +287,7 @@ def test_conflicting_records_are_refused_by_place(world: World, tmp_path: Path) 
 def test_a_bad_shard_fails_by_name_or_is_skipped_and_counted(
     world: World, make_pairs: MakePairs, tmp_path: Path
 ) -> None:
+    """Spark PR#16474."""
     pairs = make_pairs(files=3)
     path = pairs / "part-001.parquet"
     whole = path.read_bytes()
@@ -260,6 +321,7 @@ def test_a_page_that_is_broken_inside_is_found(world: World, make_pairs: MakePai
 
 
 def test_a_file_without_read_permission_is_named(world: World, make_pairs: MakePairs, tmp_path: Path) -> None:
+    """Spark PR#16474."""
     pairs = make_pairs(files=2)
     (pairs / "part-001.parquet").chmod(0)
     root = open_location(pairs)
@@ -271,6 +333,9 @@ def test_a_file_without_read_permission_is_named(world: World, make_pairs: MakeP
     try:
         with pytest.raises(InputError, match=r"part-001\.parquet.*Permission denied"):
             plan_units(root, find_shards(root), 100, "run")
+        plan = plan_units(root, find_shards(root), 100, "run", skip_bad_shards=True)
+        assert [unit.shard.name for unit in plan.units] == ["part-000.parquet"]
+        assert [name for name, _ in plan.bad_shards] == ["part-001.parquet"]
     finally:
         if is_root:
             os.seteuid(0)
@@ -462,6 +527,7 @@ def test_dry_run_and_status(world: World, make_pairs: MakePairs, tmp_path: Path)
 def test_a_full_disk_is_noticed_before_work_starts(
     world: World, make_pairs: MakePairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """ray#25372."""
     from flipkd.run import output
 
     usage = output.shutil.disk_usage(tmp_path)

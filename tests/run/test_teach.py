@@ -8,6 +8,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -148,6 +149,7 @@ def test_a_cross_encoder_scores_as_sentence_transformers_does(world: World, cros
 
 
 def test_a_swapped_pair_of_a_bi_encoder_scores_the_same(world: World, tmp_path: Path) -> None:
+    """sentence-transformers#799."""
     left, right = world.texts[0][:8], world.texts[1][:8]
     teach(inline(tmp_path, world.encoder, [texts([*left, *right], [*right, *left])]))
     scores = read_scores(tmp_path / "out").column("teacher_score").to_pylist()
@@ -159,6 +161,7 @@ def test_a_swapped_pair_of_a_bi_encoder_scores_the_same(world: World, tmp_path: 
 def test_missing_texts_have_a_reason_and_no_score(
     world: World, cross_encoder: str, tmp_path: Path, kind: str, null_first: bool
 ) -> None:
+    """dedupe#460, mteb#1043, for a teacher."""
     rows = [(None, "x"), ("", ""), (" ", "x"), ("x", None), ("x", "x")]
     rows = rows if null_first else rows[::-1]
     raw = pa.array([b"he\xffllo", b"x"], pa.binary())
@@ -172,6 +175,21 @@ def test_missing_texts_have_a_reason_and_no_score(
     assert [score is None for score in scores] == [reason is not None for reason in reasons]
     assert manifest["reasons"] == {"invalid_text": 1, "missing_text": 4}
     assert manifest["rows_out"] == 7
+
+
+@pytest.mark.parametrize("kind", ["bi-encoder", "cross-encoder"])
+def test_a_teacher_sees_one_form_of_a_name_and_the_raw_text_stays(
+    world: World, cross_encoder: str, tmp_path: Path, kind: str
+) -> None:
+    """The rule of scoring holds for teachers: transformers#5738; a leading space: sentence-transformers#782."""
+    names = ["Nguyễn Văn Ân", "مُحَمَّد", "😀 李小龙", "Café"]
+    forms = [f" {unicodedata.normalize(form, name)}\n" for name in names for form in ("NFC", "NFD")] + names
+    teach(inline(tmp_path, world.encoder if kind == "bi-encoder" else cross_encoder, [texts(forms, ["Ann"] * 12)]))
+    found = read_scores(tmp_path / "out")
+    assert found.column("left_text").to_pylist() == forms
+    scores = found.column("teacher_score").to_pylist()
+    assert scores[0:8:2] == scores[1:8:2] == scores[8:]
+    assert len(set(scores)) == 4
 
 
 @pytest.mark.parametrize("kind", ["bi-encoder", "cross-encoder"])
@@ -196,6 +214,7 @@ LABELS = (
 
 
 def test_labels_and_other_columns_pass_through_type_and_all(world: World, tmp_path: Path) -> None:
+    """transformers#27707: labels stay as they are."""
     other = {
         "when": pa.array([1, None, 3], pa.timestamp("us", tz="UTC")),
         "tags": pa.array([["a", None], None, []], pa.list_(pa.string())),
@@ -232,6 +251,7 @@ def test_labels_and_other_columns_pass_through_type_and_all(world: World, tmp_pa
 def test_labels_that_are_none_end_the_job_before_it_starts(
     world: World, tmp_path: Path, labels: pa.Array, error: type[Exception], message: str
 ) -> None:
+    """transformers#27707."""
     good = texts(["a"] * 3, ["b"] * 3, label=pa.array([1, 0, 1]))
     task = inline(tmp_path, world.encoder, [good, good.set_column(2, "label", labels)])
     with pytest.raises(error, match=message):
@@ -282,6 +302,7 @@ def test_pairs_of_ids_score_as_their_texts_do(
 
 
 def test_reasons_of_pairs_of_ids(world: World, tmp_path: Path) -> None:
+    """mimic-code#20, for a teacher."""
     records = {"name": ["caf\u00e9", "", None, "b\0", "a dog"], "id": ["k0", "k1", "k2", None, "k4"]}
     (tmp_path / "records").mkdir()
     pq.write_table(pa.table(records), tmp_path / "records/a.parquet")
@@ -306,6 +327,7 @@ def test_reasons_of_pairs_of_ids(world: World, tmp_path: Path) -> None:
 
 
 def test_conflicting_records_are_refused_by_place(world: World, tmp_path: Path) -> None:
+    """splink#70, matchbox#370."""
     (tmp_path / "records").mkdir()
     pq.write_table(pa.table({"id": [1, 2, 1], "text": ["a", "b", "a"]}), tmp_path / "records/a.parquet")
     pq.write_table(pa.table({"id": [3, 2], "text": ["a", "secret"]}), tmp_path / "records/b.parquet")
@@ -430,6 +452,7 @@ def test_new_pairs_and_another_teacher(world: World, cross_encoder: str, tmp_pat
 def test_mixed_teacher_scores_are_refused(
     world: World, cross_encoder: str, minilm_dir: Path, tmp_path: Path, kind: str
 ) -> None:
+    """sentence-transformers#1004, sentence-transformers#1058."""
     table = texts(["a cat", "rain"], ["a dog", "snow"])
     task = inline(tmp_path, cross_encoder, [table])
     teach(task)

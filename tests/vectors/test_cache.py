@@ -117,6 +117,7 @@ class TestPutAndLookUp:
         np.testing.assert_array_equal(hits.rows.values[hits.found], rows_of([2, 3, 1]).values)
 
     def test_another_encoder_or_dtype_is_a_miss(self, tmp_path: Path) -> None:
+        """AutoIntent PR#337."""
         put(open_cache(tmp_path, "encoder", "int8"), range(5))
         check(open_cache(tmp_path, "encoder", "bf16"), [], range(5))
         check(open_cache(tmp_path, "another", "int8"), [], range(5))

@@ -142,6 +142,7 @@ class TestLookUp:
             assert index.look_up(pa.ExtensionArray.from_storage(pa.uuid(), array)).tolist() == [7, -1, 3, -1, 3]
 
     def test_ids_that_differ_after_a_nul(self, backend: str, tmp_path: Path) -> None:
+        """ray PR#35638, duckdb PR#1942."""
         index, duplicates = build(tmp_path, "bytes", [b"id\0a", b"id\0b", b"id", b"id\0"])
         assert duplicates == []
         assert index.look_up(pa.array([b"id\0b", b"id", b"id\0", b"id\0a"])).tolist() == [1, 2, 3, 0]

@@ -1,0 +1,61 @@
+"""How the texts of a record table are made where the caller does not say: as the encoder records it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+from flipkd.config import EncodeConfig
+from flipkd.data.location import Location
+from flipkd.data.records import template_fields
+from flipkd.data.shards import Shard, ShardReader
+from flipkd.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+def with_recorded_template(config: EncodeConfig) -> tuple[EncodeConfig, Path | None]:
+    """The config with the template that its encoder records, if neither a template nor a text column is given.
+
+    Returns:
+        The config, and the file that the template is from; the same config and None where it is not from one.
+
+    Raises:
+        ModelError: there is no such encoder, or what it records cannot be used.
+    """
+    from flipkd.models.folder import recorded_template
+
+    if config.template is not None or config.text_column is not None:
+        return config, None
+    found = recorded_template(config.encoder.folder)
+    if found is None:
+        return config, None
+    template, file = found
+    logger.info("the records' texts are made with the template %r of %s", template, file)
+    return replace(config, template=template), file
+
+
+def check_record_columns(records: Location, shard: Shard, config: EncodeConfig, told_by: Path | None) -> None:
+    """Looks in one record file for the id column and those of the template.
+
+    Args:
+        records: root of the record table.
+        shard: one of its files.
+        config: with the template that is used.
+        told_by: the file that the template is from, if it is the encoder's.
+
+    Raises:
+        ConfigError: a column is missing; says where the template is from, and the way out.
+    """
+    with ShardReader(records, shard) as reader:
+        reader.check_columns([config.id_column])
+        try:
+            reader.check_columns(template_fields(config.text_template))
+        except ConfigError as error:
+            if told_by is None:
+                raise
+            raise ConfigError(
+                f"{error}. The template {config.template!r} comes from {told_by}, where export has recorded how the "
+                "texts were made that the encoder was trained with; pass --template or --text-column to make others"
+            ) from error
