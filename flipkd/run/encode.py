@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,23 +27,16 @@ from flipkd.data.records import (
     text_digests,
 )
 from flipkd.data.shards import ShardReader, find_shards
-from flipkd.errors import ConfigError, InputError, OutputError
+from flipkd.errors import ConfigError, OutputError
 from flipkd.run.cached_encoder import CachedEncoder, text_cache
 from flipkd.run.job import Job, run_job
 from flipkd.run.manifest import MANIFEST, SOURCE_KEY, WORK_FOLDER, UnitReport
 from flipkd.run.output import locked, refuse_overlap, remove_folder
+from flipkd.run.store_folder import check_free, sealed_header
 from flipkd.run.units import Plan, WorkUnit, fingerprint, plan_units
 from flipkd.vectors.cache import TextCache
 from flipkd.vectors.cache_tidy import tidy
-from flipkd.vectors.layout import (
-    HEADER_FILE,
-    STATUS_INVALID_TEXT,
-    STATUS_MISSING_TEXT,
-    STATUS_TRUNCATED,
-    STORE_FILES,
-    is_sealed,
-    read_header,
-)
+from flipkd.vectors.layout import HEADER_FILE, STATUS_INVALID_TEXT, STATUS_MISSING_TEXT, STATUS_TRUNCATED
 
 logger = logging.getLogger(__name__)
 
@@ -144,9 +136,9 @@ def encode_planned(planned: EncodePlan) -> dict[str, Any]:
     """Runs a planned encode job under the store's lock."""
     config = planned.config
     output = open_location(config.output)
-    _check_free(Path(output.path))
+    check_free(Path(output.path))
     with locked(output):
-        sealed = _sealed(Path(output.path), config.run.overwrite)
+        sealed = sealed_header(Path(output.path), config.run.overwrite)
         if sealed is not None and sealed["fingerprint"] == planned.fingerprint:
             logger.info("%s is complete already", output.uri)
             return read_json(output, MANIFEST) or {}
@@ -178,29 +170,6 @@ def encode_planned(planned: EncodePlan) -> dict[str, Any]:
             except OutputError as error:  # the vectors are there: no reason to fail
                 logger.warning("the text cache was not compacted: %s", error)
         return _seal(planned, output, parts, manifest)
-
-
-def _sealed(folder: Path, overwrite: bool) -> dict[str, Any] | None:
-    """Header of the store that is there. One that cannot be read counts as none where it may be replaced."""
-    try:
-        return read_header(folder) if is_sealed(folder) else None
-    except InputError:
-        if not overwrite:
-            raise
-        return None
-
-
-def _check_free(folder: Path) -> None:
-    """Refuses a folder in which flipkd has never worked and that has files of the names of a store's.
-
-    Raises:
-        OutputError: names one.
-    """
-    if (folder / WORK_FOLDER).is_dir() or is_sealed(folder):
-        return
-    for name in (*STORE_FILES, MANIFEST):
-        if os.path.lexists(folder / name):
-            raise OutputError(f"{folder / name} is there already and is not a store's; choose another --output")
 
 
 def _seal(planned: EncodePlan, output: Location, parts: Location, manifest: dict[str, Any]) -> dict[str, Any]:
