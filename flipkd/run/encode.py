@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,11 +15,9 @@ import pyarrow as pa
 from flipkd.config import EncodeConfig, EncoderOptions
 from flipkd.data.commit import read_json, write_json
 from flipkd.data.location import Location, open_location
-from flipkd.data.records import (
-    as_text,
-)
+from flipkd.data.records import as_text, template_fields
 from flipkd.data.shards import ShardReader, find_shards
-from flipkd.errors import ConfigError, InputError, OutputError
+from flipkd.errors import ConfigError, OutputError
 from flipkd.run.cached_encoder import text_cache_of
 from flipkd.run.encode_unit import EncodeWorker
 from flipkd.run.job import Job, run_job
@@ -28,16 +25,10 @@ from flipkd.run.manifest import MANIFEST, WORK_FOLDER
 from flipkd.run.observe import observed
 from flipkd.run.output import locked, refuse_overlap, remove_folder
 from flipkd.run.record_template import check_record_columns, with_recorded_template
+from flipkd.run.store_folder import check_free, sealed_header
 from flipkd.run.units import Plan, fingerprint, plan_units
 from flipkd.vectors.cache_tidy import tidy
-from flipkd.vectors.layout import (
-    HEADER_FILE,
-    STORE_FILES,
-    DamagedStoreError,
-    check_files,
-    is_sealed,
-    read_header,
-)
+from flipkd.vectors.layout import HEADER_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -134,9 +125,9 @@ def encode_planned(planned: EncodePlan) -> dict[str, Any]:
     """Runs a planned encode job under the store's lock."""
     config = planned.config
     output = open_location(config.output)
-    _check_free(Path(output.path), config.run.overwrite)
+    check_free(Path(output.path), config.run.overwrite)
     with locked(output), observed("encode", config.run, output):
-        sealed = _sealed(Path(output.path), config.run.overwrite)
+        sealed = sealed_header(Path(output.path), config.run.overwrite)
         if sealed is not None and sealed["fingerprint"] == planned.fingerprint:
             manifest = read_json(output, MANIFEST)
             if manifest is not None:  # else the run before was killed between its last two steps
@@ -172,41 +163,6 @@ def encode_planned(planned: EncodePlan) -> dict[str, Any]:
             except OutputError as error:  # the vectors are there: no reason to fail
                 logger.warning("the text cache was not compacted: %s", error)
         return _seal(planned, output, parts, manifest)
-
-
-def _sealed(folder: Path, overwrite: bool) -> dict[str, Any] | None:
-    """The header of a finished store; None where there is none, or one that is damaged and has to be made again."""
-    if not is_sealed(folder):
-        return None
-    try:
-        header = read_header(folder)
-        check_files(folder, header)
-    except DamagedStoreError as error:
-        logger.warning("the store is made again: %s", error)
-        return None
-    except InputError:
-        if not overwrite:
-            raise
-        return None
-    return header
-
-
-def _check_free(folder: Path, overwrite: bool) -> None:
-    """Refuses a folder in which flipkd has never worked and that has files of the names of a store's.
-
-    Raises:
-        OutputError: names one.
-        InputError: a store's header is there, and cannot be read.
-    """
-    if (folder / WORK_FOLDER).is_dir():
-        return
-    if is_sealed(folder):
-        if not overwrite:
-            read_header(folder)
-        return
-    for name in (*STORE_FILES, MANIFEST):
-        if os.path.lexists(folder / name):
-            raise OutputError(f"{folder / name} is there already and is not a store's; choose another --output")
 
 
 def _seal(planned: EncodePlan, output: Location, parts: Location, manifest: dict[str, Any]) -> dict[str, Any]:

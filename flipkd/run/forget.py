@@ -23,9 +23,10 @@ from flipkd.data.shards import PARQUET_SUFFIXES, ShardReader, find_shards
 from flipkd.errors import InputError
 from flipkd.run.cached_encoder import cache_root
 from flipkd.run.encode import PARTS
-from flipkd.run.manifest import MANIFEST, WORK_FOLDER
+from flipkd.run.manifest import MANIFEST
 from flipkd.run.output import locked, remove_folder
 from flipkd.run.record_template import check_record_columns, with_recorded_template
+from flipkd.run.store_folder import has_rest
 from flipkd.vectors.cache_tidy import forget_texts
 from flipkd.vectors.id_types import check_id_type, plain
 from flipkd.vectors.layout import HEADER_FILE, SEALING_FOLDER, STORE_FILES
@@ -127,10 +128,8 @@ def _texts_of(records: Location, config: EncodeConfig, wanted: pa.Array) -> tupl
 def _forget_store(store: Location, wanted: pa.Array) -> bool:
     """Deletes a store that holds one of the ids, or is not finished; whether there was one."""
     folder = Path(store.path)
-    # A deletion, or a sealing, that was broken off leaves files without a header in a folder that flipkd has worked in.
-    has_rest = folder.joinpath(WORK_FOLDER).is_dir() and any((folder / name).exists() for name in STORE_FILES)
     is_unfinished = folder.joinpath(PARTS).is_dir() or folder.joinpath(SEALING_FOLDER).is_dir()
-    if not (is_sealed(folder) or is_unfinished or has_rest):
+    if not (is_sealed(folder) or is_unfinished or has_rest(folder)):
         return False
     with locked(store):
         if is_sealed(folder) and not is_unfinished:
