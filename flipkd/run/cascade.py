@@ -22,6 +22,7 @@ from flipkd.data.location import open_location
 from flipkd.data.pairs import PairRows
 from flipkd.data.shards import ShardReader
 from flipkd.errors import FlipkdError
+from flipkd.models.folder import recorded_template
 from flipkd.kernels.pair_score import PairScores
 from flipkd.run import pipeline
 from flipkd.run.manifest import MANIFEST, WORK_FOLDER
@@ -63,7 +64,7 @@ def as_cascade(score: ScoreConfig, rescore: RescoreConfig, scores: str | None = 
     """
     output = open_location(score.output)
     folder = output.child(SCORES).uri if scores is None else scores
-    names = ("left_text", "right_text", "left_column", "right_column", "id_column", "text_column", "template")
+    names = ("left_text", "right_text", "left_column", "right_column", "id_column")
     records, right_records = rescore.records, rescore.right_records
     if records is None:
         records, right_records = score.records, score.right_records
@@ -75,10 +76,20 @@ def as_cascade(score: ScoreConfig, rescore: RescoreConfig, scores: str | None = 
             output=score.output,
             records=records,
             right_records=right_records,
+            text_column=score.text_column or RescoreConfig.text_column,
+            template=_template(score),
             **{name: getattr(score, name) for name in names},
         ),
         scores is not None,
     )
+
+
+def _template(score: ScoreConfig) -> str | None:
+    """How the records' texts are made: the LLM reads what the encoder reads."""
+    if score.template is not None or score.text_column is not None or score.encoder is None or score.is_inline:
+        return score.template
+    recorded = recorded_template(score.encoder.folder)
+    return None if recorded is None else recorded[0]
 
 
 def score_and_rescore(score: ScoreConfig, rescore: RescoreConfig, scores: str | None = None) -> dict[str, Any]:

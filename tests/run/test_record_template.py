@@ -107,7 +107,7 @@ def test_records_without_the_fields_are_told_where_the_template_is_from(
     (tmp_path / "ids").write_text("1\n")
     options = ("--forget", str(tmp_path / "ids")) if command == "forget" else ()
     done = encode(encoder, records, tmp_path / "store", *options)
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     for part in ("records.parquet", "no column 'name'", TEMPLATE, FLIPKD_FILE, "--template or --text-column"):
         assert part in done.stderr
     # The id column is no part of the template.
