@@ -26,6 +26,7 @@ from flipkd.models.folder import recorded_template
 from flipkd.kernels.pair_score import PairScores
 from flipkd.run import pipeline
 from flipkd.run.manifest import MANIFEST, WORK_FOLDER
+from flipkd.run.observe import observed
 from flipkd.run.output import list_outputs, locked, own_outputs, refuse_overlap, remove_folder
 from flipkd.run.plan_rescore import plan_rescore
 from flipkd.run.plan_score import ScorePlan, plan_score, score_inputs
@@ -106,7 +107,7 @@ def score_and_rescore(score: ScoreConfig, rescore: RescoreConfig, scores: str | 
     output = open_location(job.rescore.output)
     planned = plan_score(job.score)
     own = check_cascade(job, planned)
-    with locked(output):
+    with locked(output), observed("score", job.rescore.run, output):
         note = read_json(output, _NOTE)
         is_same = note is not None and note["fingerprint"] == own
         done = list_outputs(output)[0]

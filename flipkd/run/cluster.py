@@ -20,13 +20,15 @@ from typing import Any
 import pyarrow.fs as pafs
 
 from flipkd.config import RunOptions
-from flipkd.data.commit import read_json, write_json
+from flipkd.data.commit import read_json
 from flipkd.data.location import Location
 from flipkd.errors import ClusterError, ConfigError, FlipkdError, told_without_data
 from flipkd.logs import LogOptions, adopt_handlers, current_options, log_to_stderr
+from flipkd.models.progress import Listener
 from flipkd.run.local import UnitFunction, attempt
-from flipkd.run.manifest import WORK_FOLDER, UnitReport, read_report
+from flipkd.run.manifest import UnitReport, read_report
 from flipkd.run.output import remove_folder, remove_temporary
+from flipkd.run.unit_notes import TRIES, following_notes, note_name, write_note
 from flipkd.run.units import WorkUnit
 
 try:
@@ -38,7 +40,6 @@ except ImportError as missing:
 
 logger = logging.getLogger(__name__)
 
-TRIES = f"{WORK_FOLDER}/tries"
 _RAY_LOGGERS = ("ray", "ray.data", "ray.train")
 
 
@@ -86,7 +87,7 @@ class _UnitActor:
             return read_report(self._output, unit.output, unit.fingerprint)
         # Ray counts the deaths of an actor, not those that a unit caused, and an actor may die often in a long job on
         # machines that come and go. So each start of a unit is noted; the note goes when the unit ends.
-        note = f"{TRIES}/{unit.fingerprint}.json"
+        note = note_name(unit)
         tries = (read_json(self._output, note) or {"tries": 0})["tries"]
         if tries > self._max_retries:
             error = ClusterError(
@@ -97,9 +98,9 @@ class _UnitActor:
             if self._skip:
                 return UnitReport(unit.output, 0, 0, error=str(error))
             raise error
-        write_json(self._output, note, {"tries": tries + 1})
+        listener = write_note(self._output, unit, tries + 1)
         try:
-            return attempt(self._worker, unit, self._skip)
+            return attempt(self._worker, unit, self._skip, listener)
         finally:
             with contextlib.suppress(OSError):  # a disk that has turned read-only has said so already
                 self._output.filesystem.delete_file(self._output.child(note).path)
@@ -113,8 +114,9 @@ def run_cluster(
     *,
     uses_model: bool,
     skip_bad_shards: bool,
+    listener: Callable[[WorkUnit], Listener],
 ) -> Iterator[UnitReport]:
-    """Yields reports as units finish, in any order.
+    """Yields reports as units finish, in any order. ``listener`` gives who is told how far a model is with a unit.
 
     Raises:
         ClusterError: no worker could start in time, nothing finished for ``stall_timeout_s``, or a unit's worker died
@@ -136,7 +138,7 @@ def run_cluster(
     context.execution_no_progress_timeout_s = run.stall_timeout_s
     context.max_consecutive_actor_init_deaths = run.max_retries
     remove_folder(output.child(TRIES))
-    with ray.data.DataContext.current(context):
+    with ray.data.DataContext.current(context), following_notes(output, units, listener):
         dataset = ray.data.from_items(
             [{"unit": pickle.dumps(unit)} for unit in units], override_num_blocks=len(units)
         ).map_batches(

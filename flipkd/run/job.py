@@ -143,7 +143,13 @@ def _execute(job: Job, pending: Sequence[WorkUnit], listener: Callable[[WorkUnit
         from flipkd.run.cluster import run_cluster  # the only import of Ray
 
         yield from run_cluster(
-            job.make_worker, pending, job.output, job.run, uses_model=job.uses_model, skip_bad_shards=skip
+            job.make_worker,
+            pending,
+            job.output,
+            job.run,
+            uses_model=job.uses_model,
+            skip_bad_shards=skip,
+            listener=listener,
         )
         return
     cores = job.run.threads or available_cores()

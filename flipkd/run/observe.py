@@ -199,10 +199,12 @@ class Stage:
 
     def __init__(self, state: StageState, lock: threading.Lock) -> None:
         self._state, self._lock = state, lock
+        self._ended: set[str] = set()
 
     def add(self, report: UnitReport) -> None:
         """A unit is finished, or has failed."""
         with self._lock:
+            self._ended.add(report.output)  # what is told of it later is old
             self._state.under_way.pop(report.output, None)
             self._state.totals.add(report)
 
@@ -212,7 +214,7 @@ class Stage:
         def told(done: int, total: int) -> None:
             rows = unit.rows * done / max(total, 1)
             with self._lock:
-                if self._state.is_running:
+                if self._state.is_running and unit.output not in self._ended:
                     self._state.under_way[unit.output] = max(rows, self._state.under_way.get(unit.output, 0.0))
 
         return told

@@ -95,17 +95,14 @@ def _kept(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _stage_folders(output: Location) -> list[Location]:
-    """Folders of the stages before the last: a store's parts; the work folder's pairs, texts, stores, candidates."""
+    """Folders of the stages before the last: a store's parts; pairs, texts, stores, candidates, scores of a cascade."""
     found = [output.child(PARTS)]
     selector = pafs.FileSelector(output.child(WORK_FOLDER).path, allow_not_found=True)
     for info in sorted(output.filesystem.get_file_info(selector), key=lambda info: info.path):
-        if info.type == pafs.FileType.Directory and info.base_name == "scores":  # the first stage of a cascade
-            scores = output.child(f"{WORK_FOLDER}/{info.base_name}")
-            found += [*_stage_folders(scores), scores]
-        elif info.type == pafs.FileType.Directory and info.base_name != "parts":
+        if info.type == pafs.FileType.Directory and info.base_name != "parts":
             work = output.child(f"{WORK_FOLDER}/{info.base_name}")
-            found += [work.child("joined"), work.child("lists"), work.child("store").child(PARTS), work.child(PARTS)]
-            found.append(work.child("candidates"))
+            found += [work.child("joined"), work.child("lists"), work.child("store").child(PARTS)]
+            found += [*_stage_folders(work), work.child("candidates"), work]
     return found
 
 

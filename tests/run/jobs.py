@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from flipkd.config import EncodeConfig, EncoderOptions, RunOptions, ScoreConfig, TeachConfig
 from flipkd.models.llm_options import LlmOptions
+from flipkd.run.cascade import score_and_rescore
 from flipkd.run.encode import encode
 from flipkd.run.pipeline import score
 from flipkd.run.rescore import rescore
@@ -31,11 +32,13 @@ class SmallJob:
         run: runs it, with these ``RunOptions``; returns the manifest.
         output: where.
         last: kind of its last stage.
+        command: its name.
     """
 
     run: Callable[[RunOptions], dict[str, Any]]
     output: Path
     last: str
+    command: str
 
 
 def make_inputs(world: World, folder: Path) -> None:
@@ -64,7 +67,7 @@ def make_job(name: str, world: World, llm: Path, folder: Path) -> SmallJob:
     ids, texts = str(folder / "ids"), str(folder / "texts")
 
     def job(function: Callable[[Any], dict[str, Any]], config: Any, last: str) -> SmallJob:
-        return SmallJob(lambda run: function(replace(config, run=run)), output, last)
+        return SmallJob(lambda run: function(replace(config, run=run)), output, last, last)
 
     if name == "encode":
         return job(encode, EncodeConfig(encoder, world.left, str(output), rows_per_unit=20), "encode")
@@ -77,6 +80,14 @@ def make_job(name: str, world: World, llm: Path, folder: Path) -> SmallJob:
         score(ScoreConfig(texts, str(folder / "scores"), encoder=encoder, threshold=0.5))
         options = {"llm": LlmOptions(str(llm), device="cpu"), "budget": "50%", "threshold": 0.5}
         return job(rescore, RescoreConfig(scores=str(folder / "scores"), output=str(output), **options), "rescore")
+    if name == "cascade":
+        first = ScoreConfig(texts, str(output), encoder=encoder)
+        second = RescoreConfig(LlmOptions(str(llm), device="cpu"), "", "", band=(0.4, 1.0))
+
+        def both(run: RunOptions) -> dict[str, Any]:
+            return score_and_rescore(replace(first, run=run), replace(second, run=run))
+
+        return SmallJob(both, output, "rescore", "score")
     options = {
         "store": {"pairs": ids, "store": world.left_store, "right_store": world.right_store},
         "records": {"pairs": ids, "encoder": encoder, "records": world.left, "right_records": world.right},
@@ -87,4 +98,4 @@ def make_job(name: str, world: World, llm: Path, folder: Path) -> SmallJob:
     return job(score, ScoreConfig(output=str(output), **options[name]), "score")
 
 
-NAMES = ("encode", "store", "records", "inline", "top-k", "cache", "teach", "teach-ids", "rescore")
+NAMES = ("encode", "store", "records", "inline", "top-k", "cache", "teach", "teach-ids", "rescore", "cascade")
