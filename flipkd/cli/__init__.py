@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from flipkd.cli import batch, demo, evaluate, export, rescore, teach, train
+from flipkd.cli.help import COMPLETION, preformatted, with_help
 from flipkd.cli.options import say
 from flipkd.errors import FlipkdError, told_without_data
 
@@ -31,8 +32,12 @@ class _Group(click.Group):
             ctx.exit(1)
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(package_name="flipkd")
+@click.group(
+    cls=_Group,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog=preformatted("Completion of commands, options and paths in bash (zsh and fish likewise)", COMPLETION),
+)
+@click.version_option(package_name="flipkd", prog_name="flipkd-batch")
 @click.pass_context
 def main(ctx: click.Context) -> None:
     """Distil an encoder from a teacher, and score candidate pairs of records with it, Parquet to Parquet."""
@@ -52,4 +57,4 @@ for _command in (
     export.export,
     demo.demo,
 ):
-    main.add_command(_command)
+    main.add_command(with_help(_command))

@@ -43,14 +43,7 @@ from flipkd.report.config import EvaluateConfig
 @click.option("--progress/--no-progress", default=True, help="Show progress on stderr.")
 @common_options
 def evaluate(as_json: bool, log_level: str, **options: Any) -> None:
-    """Say how good scores are: metrics, calibration, thresholds, an HTML report; or draw a sample to label.
-
-    \b
-    flipkd-batch evaluate --scores scores/ --labels gold.parquet --precision 0.99 --output report/
-    flipkd-batch evaluate --scores scores/ --sample 2000 --output sample.parquet
-    flipkd-batch evaluate --scores scores/ --labels sample.parquet --output report/
-    flipkd-batch score ... --calibration report/calibration.json --threshold 0.9
-    """
+    """Say how good scores are: metrics, calibration, thresholds, an HTML report; or draw a sample to label."""
     set_up_logging(log_level)
     options["key"] = tuple(name.strip() for name in options["key"].split(",") if name.strip())
     config = EvaluateConfig(**{**options, "slices": tuple(options["slices"])})
