@@ -1,0 +1,105 @@
+"""The walk-through is run as it stands: every block of docs/walk-through.md, in order, in one folder.
+
+What it leaves is compared with docs/columns-and-reasons.md, and links of all documents are followed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+
+from flipkd.cli import main
+from tests.documents import DOCS, Block, blocks, sections, table
+
+DOC = DOCS / "walk-through.md"
+
+
+def run_shell(block: Block, encoder: Path, output: list[str]) -> None:
+    """Commands of flipkd run in this process, which has PyTorch already; anything else in a shell."""
+    if not block.text.startswith("flipkd-batch "):
+        subprocess.run(["bash", "-euo", "pipefail", "-c", block.text], check=True, timeout=60)
+        return
+    for line in block.text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line.replace("$ENCODER", shlex.quote(str(encoder))))
+        assert words[0] == "flipkd-batch", f"line {block.line}: a block holds commands of flipkd, or none"
+        found = CliRunner().invoke(main, words[1:], catch_exceptions=False)
+        assert found.exit_code == 0, (block.line, line, found.output)
+        output.append(found.output)
+
+
+@pytest.fixture(scope="module")
+def walked(tmp_path_factory: pytest.TempPathFactory, minilm_dir: Path) -> tuple[Path, dict[str, Any], list[str]]:
+    """The folder in which all blocks have run, the names that the Python ones left, and what the commands printed."""
+    folder = tmp_path_factory.mktemp("walk-through")
+    names: dict[str, Any] = {}
+    output: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for block in blocks(DOC):
+            if block.language == "sh":
+                run_shell(block, minilm_dir, output)
+            else:
+                assert block.language == "python", f"line {block.line}: nothing runs {block.language} blocks"
+                # Blank lines in front: a traceback then tells the line of the document.
+                exec(compile("\n" * (block.line - 1) + block.text, str(DOC), "exec"), names)
+    return folder, names, output
+
+
+Walked = tuple[Path, dict[str, Any], list[str]]
+
+
+def test_customers_are_matched(walked: Walked) -> None:
+    folder, names, _ = walked
+    assert names["candidates"].num_rows == 100  # five by five in each of four cities
+    labelled = pq.read_table(folder / "labelled.parquet")
+    assert 40 <= labelled.num_rows <= 60
+    assert labelled["label"].null_count == 0
+    assert {"metrics.json", "calibration.json", "report.html"} <= {path.name for path in (folder / "report").iterdir()}
+    found = set(zip(names["matches"]["left_id"].to_pylist(), names["matches"]["right_id"].to_pylist(), strict=True))
+    truth = {(f"01{n:02d}", f"91{n:02d}") for n in range(1, 20) if n % 5 != 0}
+    assert len(found & truth) >= 14
+    assert len(found - truth) <= 1
+    assert pq.read_table(folder / "scores")["reason"].null_count == 100
+
+
+def test_notes_get_their_codes(walked: Walked) -> None:
+    folder, names, _ = walked
+    suggested = pq.read_table(folder / "suggested")
+    assert suggested.num_rows == 36
+    assert {"note_id", "code", "score"} <= set(suggested.schema.names)
+    assert names["right_answers"] >= 11
+
+
+def test_both_ways_give_the_same_best_code(walked: Walked) -> None:
+    folder, names, _ = walked
+    best: dict[int, tuple[float, str]] = {}
+    for row in pq.read_table(folder / "suggested").to_pylist():
+        best[row["note_id"]] = max(best.get(row["note_id"], (-2.0, "")), (row["score"], row["code"]))
+    assert {note: code for note, (_, code) in best.items()} == names["answers"]
+
+
+def test_outputs_have_the_columns_and_types_that_the_document_says(walked: Walked) -> None:
+    folder, _, _ = walked
+    told = sections(DOCS / "columns-and-reasons.md")
+    for output, heading in (("matches", "`score`"), ("sample.parquet", "`evaluate --sample`")):
+        found = pq.read_schema(next((folder / output).glob("*.parquet"), folder / output))
+        documented = {name: pa.type_for_alias(kind) for name, kind, _ in table(told[heading])}
+        assert {name: found.field(name).type for name in documented} == documented
+        assert {*found.names} - {*documented} >= {"left_id", "right_id"}
+    store = json.loads((folder / "codes-store" / "store.json").read_text())
+    assert set(store["counts"]) == {row[0] for row in table(told["`encode`"])}
+
+
+@pytest.mark.parametrize("path", sorted(DOCS.glob("*.md")), ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)", path.read_text()):
+        assert target.startswith("https://") or (path.parent / target).exists(), target
