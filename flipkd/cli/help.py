@@ -19,6 +19,8 @@ flipkd-batch score --encoder encoder/ --records customers/ --right-records sanct
 flipkd-batch score --encoder encoder/ --pairs pairs-of-texts/ --top-k 3 --output scores/
 flipkd-batch score --store store/ --pairs pairs/ --output scores/ --columns left_id,right_id,probability,match \
     --calibration report/calibration.json --threshold 0.9
+flipkd-batch score --encoder encoder/ --pairs pairs-of-texts/ --output scores/ \
+    --calibration report/calibration.json --rescore-llm run/ --rescore-budget 1%
 flipkd-batch score --ray auto --workers 64 --store store/ --pairs s3://BUCKET/pairs --output s3://BUCKET/scores
 """,
     "rescore": r"""
@@ -34,7 +36,7 @@ flipkd-batch evaluate --scores scores/ --labels sample.parquet --output report/
 """,
     "status": r"""
 flipkd-batch status scores/
-flipkd-batch status --json s3://BUCKET/scores
+flipkd-batch status --watch s3://BUCKET/scores
 """,
     "teach": r"""
 flipkd-batch teach --teacher teacher/ --pairs pairs-of-texts/ --output taught/
@@ -59,18 +61,19 @@ _PATH = click.Path()
 
 COMPLETION = 'eval "$(_FLIPKD_BATCH_COMPLETE=bash_source flipkd-batch)"'
 
+_RESCORE = ("llm", "prompt_file", "records", "right_records", "combine")
 # Parameters whose value is a file or folder (some also take a URL or the name of a model).
 PATHS: dict[str, tuple[str, ...]] = {
-    "encode": ("encoder", "records", "output", "forget", "cache"),
+    "encode": ("encoder", "records", "output", "forget", "cache", "metrics_file"),
     "score": (
         *("pairs", "output", "store", "right_store", "encoder", "records", "right_records"),
-        *("calibration", "cache", "rescore_scores", "rescore_llm", "rescore_prompt_file", "rescore_combine"),
-        *("rescore_records", "rescore_right_records"),
+        *("calibration", "cache", "metrics_file", "rescore_scores"),
+        *(f"rescore_{name}" for name in _RESCORE),
     ),
-    "rescore": ("scores", "llm", "output", "prompt_file", "records", "right_records", "combine"),
+    "rescore": ("scores", "output", "metrics_file", *_RESCORE),
     "evaluate": ("scores", "output", "labels"),
     "status": ("folder",),
-    "teach": ("teacher", "pairs", "output", "records", "right_records", "cache"),
+    "teach": ("teacher", "pairs", "output", "records", "right_records", "cache", "metrics_file"),
     "train": ("student", "pairs", "output", "validation", "unlabelled"),
     "export": ("run", "output", "student"),
 }
