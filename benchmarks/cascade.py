@@ -14,7 +14,7 @@ Per data set (those of ``benchmarks.quality``, same splits) and encoder:
 
 A row is ``dataset, encoder, share, pairs, asked, f1, auc, ap, f1_if_right, seconds``: F1 on the test pairs at the
 threshold that is best on the validation pairs *with the same budget*, average precision, the F1 if every answer had
-been the label (what no LLM can exceed with this budget), seconds of ``score`` and of ``rescore`` (the model's loading
+been the label (its threshold chosen alike), seconds of ``score`` and of ``rescore`` (the model's loading
 included). ``NAME_gain_at_5`` is the part of the gain of asking about all pairs that asking about 5 % of
 them brings; it is left out where asking about all brings nothing.
 
