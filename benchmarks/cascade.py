@@ -14,7 +14,7 @@ Per data set (those of ``benchmarks.quality``, same splits) and encoder:
 
 A row is ``dataset, encoder, share, pairs, asked, f1, auc, ap, f1_if_right, seconds``: F1 on the test pairs at the
 threshold that is best on the validation pairs *with the same budget*, average precision, the F1 if every answer had
-been the label (what no LLM can exceed with this budget), seconds of ``score`` and of ``rescore`` (the model's loading
+been the label (its threshold chosen alike), seconds of ``score`` and of ``rescore`` (the model's loading
 included). ``NAME_gain_at_5`` is the part of the gain of asking about all pairs that asking about 5 % of
 them brings; it is left out where asking about all brings nothing.
 
@@ -27,12 +27,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +39,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.common import interleave, machine, report, versions
+from benchmarks.cascade_prefixes import sharing
+from benchmarks.common import machine, report, versions
 from benchmarks.quality import names_of
 from benchmarks.quality_sets import DATASETS
 from benchmarks.quality_trial import some_pairs
-from flipkd.assets import icd9_descriptions, minilm_folder, smollm2_folder
+from flipkd.assets import minilm_folder, smollm2_folder
 from flipkd.config import EncoderOptions, RunOptions, ScoreConfig
 from flipkd.data.calibration import Sigmoid, as_json, probabilities
 from flipkd.data.columns import as_numbers
@@ -69,8 +68,6 @@ from flipkd.run.units import plan_units
 SHARES = ("0%", "0.1%", "1%", "5%", "20%", "100%")
 ENCODERS = ("minilm", "teacher")
 _RESULTS = Path(__file__).parent / "results" / "cascade.json"
-_CANDIDATES = 10
-_MOST_DIFFERENCE = 1e-3
 
 Floats = npt.NDArray[np.float64]
 
@@ -276,75 +273,6 @@ def gains(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     return found
 
 
-def sharing(settings: Settings, threads: int) -> tuple[list[dict[str, Any]], dict[str, float], bool]:
-    """The torch engine with and without shared beginnings: rows, ratios, and whether the answers agree."""
-    import torch
-    import transformers
-
-    from flipkd.models.llm_prompt import TRAINED_PROMPTS, PromptTokenizer, pair_prompt
-    from flipkd.models.llm_torch import MAX_TOKENS, TorchEngine
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(str(smollm2_folder()), dtype=torch.float32).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(smollm2_folder()))
-    pairs = grouped_pairs(settings.groups)
-    rows: list[dict[str, Any]] = []
-    ratios: dict[str, float] = {}
-    shared_seconds: dict[int, float] = {}
-    correct = True
-    for version, words in TRAINED_PROMPTS.items():
-        prompt = pair_prompt(words, tokenizer)
-        prompts = PromptTokenizer(prompt, tokenizer, 1024).tokenize(pairs)
-        engines = {
-            name: TorchEngine(
-                model,
-                prompt,
-                device=torch.device("cpu"),
-                threads=threads,
-                max_tokens=MAX_TOKENS["cpu"],
-                share_prefixes=name == "shared",
-            )
-            for name in ("shared", "apart")
-        }
-        sums = {name: engine.label_log_probabilities(prompts) for name, engine in engines.items()}
-        odds = {name: each[:, 1] - each[:, 0] for name, each in sums.items()}
-        difference = float(np.abs(odds["shared"] - odds["apart"]).max())
-        correct &= difference < _MOST_DIFFERENCE and bool(odds["apart"].std() > 100 * difference)
-        seconds = interleave(
-            {name: partial(engine.label_log_probabilities, prompts) for name, engine in engines.items()},
-            settings.rounds,
-        )
-        medians = {name: statistics.median(each) for name, each in seconds.items()}
-        shared_seconds[version] = medians["shared"]
-        tokens = {name: engine.computed_tokens(prompts) for name, engine in engines.items()}
-        for name in engines:
-            rows.append(
-                {
-                    "prompt": version,
-                    "prefixes": name,
-                    "pairs": len(pairs),
-                    "tokens": tokens[name],
-                    "seconds": round(medians[name], 2),
-                    "pairs_per_second": round(len(pairs) / medians[name], 1),
-                    "largest_difference": round(difference, 6),
-                }
-            )
-        ratios[f"shared_prefixes_prompt_{version}"] = round(medians["apart"] / medians["shared"], 3)
-        ratios[f"shared_prefixes_prompt_{version}_tokens"] = round(tokens["apart"] / tokens["shared"], 3)
-    ratios["shared_prefixes_prompt_2_over_prompt_1"] = round(shared_seconds[1] / shared_seconds[2], 3)
-    return rows, ratios, correct
-
-
-def grouped_pairs(groups: int) -> list[tuple[str, str]]:
-    """Long descriptions spread over ICD-9, each with the short ones of the ten codes around it."""
-    descriptions = icd9_descriptions()
-    last = len(descriptions) - _CANDIDATES
-    return [
-        (descriptions[place + _CANDIDATES // 2][1].lower(), descriptions[place + other][2].lower())
-        for place in (round(last * number / groups) for number in range(groups))
-        for other in range(_CANDIDATES)
-    ]
-
-
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """F1 over the share of pairs that were asked, a line for each data set and encoder, as SVG."""
     import matplotlib
@@ -392,7 +320,7 @@ def main() -> None:
             trial = Trial(dataset, settings, work, arguments.threads)
             for encoder in arguments.encoders:
                 rows += trial.rows(encoder)
-    shared, ratios, correct = sharing(settings, arguments.threads)
+    shared, ratios, correct = sharing(settings.groups, settings.rounds, arguments.threads)
     if not arguments.quick:
         found = {"rows": rows, "sharing": shared, "settings": asdict(settings)}
         arguments.results.parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.cascade import SHARES, draw, gains, grouped_pairs, mixed
+from benchmarks.cascade import SHARES, draw, gains, mixed
+from benchmarks.cascade_prefixes import grouped_pairs
 from flipkd.data.commit import write_json
 from flipkd.data.location import open_location
 from flipkd.run.combination import Combination, write_combination
