@@ -22,8 +22,8 @@ from flipkd.data.location import open_location
 from flipkd.data.pairs import PairRows
 from flipkd.data.shards import ShardReader
 from flipkd.errors import FlipkdError
-from flipkd.models.folder import recorded_template
 from flipkd.kernels.pair_score import PairScores
+from flipkd.models.folder import recorded_template
 from flipkd.run import pipeline
 from flipkd.run.manifest import MANIFEST, WORK_FOLDER
 from flipkd.run.observe import observed
