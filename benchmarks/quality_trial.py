@@ -37,6 +37,7 @@ class Settings:
         layer: k; None for the default.
         dtype: what the students' blocks compute in.
         pairs: of each split, the first ones; None for all.
+        negatives: which ones the data sets hold; to be changed when they change.
     """
 
     steps: int = 600
@@ -45,6 +46,7 @@ class Settings:
     layer: int | None = None
     dtype: str = "float32"
     pairs: int | None = None
+    negatives: str = "siblings or similar names, and nearest neighbours"
 
 
 @dataclass(frozen=True)
