@@ -136,7 +136,7 @@ def _work(config: NightConfig, nights: Nights, folder: Path) -> dict[str, Any]:
         "rescored": None if config.rescore is None else {key: final[key] for key in ("reasons", "counts")},
         "threshold": final.get("threshold"),
         "encoder_fingerprint": score.get("encoder_fingerprint"),
-        "encoded": {name: one["counts"] for name, one in said.items() if name.startswith("encode ")},
+        "encoded": {name: one.get("counts", {}) for name, one in said.items() if name.startswith("encode ")},
         "skipped_files": sum(one.get("skipped_files", 0) for one in said.values()),
         "evaluation": said.get("evaluate"),
         **{key: compared[key] for key in ("columns", "match", "records")},

@@ -25,6 +25,7 @@ from flipkd.run.pipeline import score, summary
 logger = logging.getLogger(__name__)
 
 JOURNAL = "_stages.json"
+_TIMES = ("wall_seconds", "seconds", "seal_seconds", "stages")
 
 
 class Journal:
@@ -43,17 +44,18 @@ class Journal:
         self._write()
 
     def run(self, name: str, stage: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-        """Runs a stage and returns what it said when it did the work."""
+        """Runs a stage and returns what it says; of one that was finished before, with the times of when it worked."""
         logger.info("night: %s", name)
         started = time.perf_counter()
         said = dict(stage())
         said.setdefault("wall_seconds", round(time.perf_counter() - started, 3))
         before = self._stages.get(name)
-        if before is None or not _is_repeated(said, before):
-            self._stages[name] = said
+        if before is not None and _is_repeated(said, before):
+            said |= {key: before[key] for key in _TIMES if key in before}
+        self._stages[name] = said
         self._order.append(name)
         self._write()
-        return self._stages[name]
+        return said
 
     def spans(self) -> list[Span]:
         """The time line of the stages that have run."""

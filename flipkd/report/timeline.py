@@ -44,7 +44,7 @@ def job_spans(manifest: Mapping[str, Any], name: str | None = None) -> list[Span
 def _span(facts: Mapping[str, Any], name: str) -> Span:
     seal = float(facts.get("seal_seconds", 0.0))
     parts = {**facts.get("seconds", {}), **({"seal": seal} if seal else {})}
-    return Span(name, float(facts.get("wall_seconds", 0.0)) + seal, facts.get("rows_in"), parts)
+    return Span(name, round(float(facts.get("wall_seconds", 0.0)) + seal, 3), facts.get("rows_in"), parts)
 
 
 def span_rows(spans: list[Span]) -> list[list[Any]]:

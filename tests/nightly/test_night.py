@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from flipkd.config import EncoderOptions, ScoreConfig
-from flipkd.data.location import open_location
+from flipkd.data.location import Location, open_location
+from flipkd.run import encode as encode_module
 from flipkd.run.output import locked
 from flipkd.run.pipeline import score
 from tests.nightly.conftest import CHANGED, FIRST, GOLD, RECORDS, SECOND, THIRD, Bank, gold_table
@@ -183,6 +184,25 @@ def test_a_night_that_stops_anywhere_goes_on_from_there(
     assert snapshot(bank.nights) == before
 
 
+def test_a_night_killed_between_a_store_and_its_manifest_goes_on(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = encode_module.write_json
+
+    def stop(root: Location, name: str, values: Any) -> None:
+        if name == "_manifest.json":
+            raise KilledError
+        original(root, name, values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encode_module, "write_json", stop)
+        with pytest.raises(KilledError):
+            bank.run(SECOND)
+    assert (bank.nights / "_unfinished" / SECOND / "stores/left/store.json").exists()
+    bank.run(SECOND)
+    assert bank.facts(SECOND)["skipped_files"] == 0
+    assert bank.facts(SECOND)["encoded"]["encode left"]["encoded_texts"] == CHANGED  # counted from what is committed
+    assert bank.current()["date"] == SECOND
+
+
 def test_input_that_changes_in_mid_night_is_refused(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_: Any) -> None:
         raise KilledError
@@ -241,6 +261,24 @@ def test_a_file_that_cannot_be_read_is_skipped_and_holds_the_night_back(bank: Ba
     assert [gate["name"] for gate in facts["gates"] if gate["verdict"] == "tripped"] == ["max_skipped_files"]
     bank.run(SECOND, "--overwrite", run={"on_bad_shard": "skip"}, gates={"max_skipped_files": 1})
     assert bank.facts(SECOND)["pairs"]["rows_in"] == 150
+
+
+def test_a_file_that_only_the_listing_of_texts_cannot_read_is_counted_too(bank: Bank) -> None:
+    left, right = bank.texts
+    bank.pairs(SECOND, {"left_text": left[:60], "right_text": right[:60]})
+    path = bank.folder / "pairs" / SECOND / "1.parquet"
+    data = bytearray(path.read_bytes())
+    data[4:60] = b"\xff" * 56  # a page; the footer is whole
+    path.write_bytes(data)
+    bank.run(
+        SECOND,
+        code=3,
+        score={"records": None, "right_records": None},
+        run={"on_bad_shard": "skip"},
+        gates=NO_PSI,
+    )
+    assert bank.facts(SECOND, "_held")["skipped_files"] == 1
+    assert bank.facts(SECOND, "_held")["pairs"]["rows_in"] == 30
 
 
 def test_inline_pairs_and_pairs_with_a_store_of_their_own(bank: Bank) -> None:
