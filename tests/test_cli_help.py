@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -48,6 +49,19 @@ def test_help_shows_the_examples_as_they_are(name: str) -> None:
     for line in EXAMPLES[name].strip().splitlines():
         assert line in found.output
     assert max(map(len, EXAMPLES[name].splitlines())) <= 112
+
+
+def test_every_command_is_summed_up_in_one_line() -> None:
+    listed = CliRunner().invoke(main, ["--help"], terminal_width=80).output
+    for name in COMMANDS:
+        assert re.search(rf"^  {name} +[A-Z].*[^.]\.$", listed, re.MULTILINE), name  # three dots: cut off
+
+
+def test_every_option_says_what_it_is_for() -> None:
+    for name in COMMANDS:
+        options = [option for option in main.commands[name].params if isinstance(option, click.Option)]
+        untold = [option.opts for option in options if not option.help]
+        assert not untold, name
 
 
 def test_help_of_the_program_says_how_to_complete() -> None:

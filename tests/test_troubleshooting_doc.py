@@ -11,6 +11,7 @@ import pytest
 from flipkd.cli import main
 from flipkd.config import SCORE_COLUMNS
 from flipkd.data.pairs import REASONS
+from jobs.nightly import nightly
 from tests.documents import DOCS, sections, table
 
 DOC = DOCS / "troubleshooting.md"
@@ -54,6 +55,6 @@ def test_reasons_columns_and_options_exist() -> None:
     text = DOC.read_text()
     assert {*re.findall(r"reason `(\w+)`", text)} <= {*REASONS}
     assert {*re.findall(r"\| column `(\w+)`", text)} <= {*SCORE_COLUMNS}
-    flags = {flag for command in main.commands.values() for option in command.params for flag in option.opts}
-    flags |= {flag for command in main.commands.values() for option in command.params for flag in option.secondary_opts}
+    options = [option for command in (*main.commands.values(), nightly) for option in command.params]
+    flags = {flag for option in options for flag in (*option.opts, *option.secondary_opts)}
     assert {*re.findall(r"(?<![\w-])--[a-z][a-z-]*", text)} <= flags

@@ -87,7 +87,9 @@ def encode(as_json: bool, log_level: str, forget: str | None, **options: Any) ->
 @metrics_options
 @common_options
 def score(as_json: bool, log_level: str, dry_run: bool, rescore_scores: str | None, **options: Any) -> None:
-    """Score pairs: ids into a store, ids into record tables, or inline texts.
+    """Score candidate pairs.
+
+    They hold ids into a store, ids into record tables, or the texts themselves.
 
     With --rescore-llm an LLM answers for the uncertain pairs in the same job (see rescore): OUTPUT holds the copy with
     its answers.
@@ -134,7 +136,10 @@ score.params += stage_options()
 )
 @common_options
 def status(folder: str, watch: bool, interval: float | None, as_json: bool, log_level: str) -> None:
-    """Say how far the job of an output FOLDER is: of encode, score, teach, train, rescore or evaluate."""
+    """Say how far the job of an output folder is.
+
+    FOLDER is the output of encode, score, teach, train, rescore or evaluate.
+    """
     set_up_logging(log_level)
     if interval is not None and not watch:
         raise ConfigError("--interval needs --watch")

@@ -24,7 +24,10 @@ from flipkd.cli.options import common_options, print_values, set_up_logging
 )
 @common_options
 def demo(output: Path, quick: bool, as_json: bool, log_level: str) -> None:
-    """Teach, train, export, encode, score and evaluate on real ICD-9 descriptions."""
+    """Do all of it with real ICD-9 descriptions.
+
+    Teach, train, export, encode, score and evaluate; the output folder can be filled with data of your own.
+    """
     set_up_logging(log_level)
     from flipkd.demo import run_demo
 

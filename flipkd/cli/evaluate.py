@@ -43,7 +43,10 @@ from flipkd.report.config import EvaluateConfig
 @click.option("--progress/--no-progress", default=True, help="Show progress on stderr.")
 @common_options
 def evaluate(as_json: bool, log_level: str, **options: Any) -> None:
-    """Say how good scores are: metrics, calibration, thresholds, an HTML report; or draw a sample to label."""
+    """Say how good scores are, or draw a sample to label.
+
+    Writes metrics with intervals, a calibration, thresholds, and an HTML report.
+    """
     set_up_logging(log_level)
     options["key"] = tuple(name.strip() for name in options["key"].split(",") if name.strip())
     config = EvaluateConfig(**{**options, "slices": tuple(options["slices"])})

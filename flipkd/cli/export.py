@@ -25,7 +25,10 @@ def export(
     overwrite: bool,
     trust_remote_code: bool,
 ) -> None:
-    """Turn a trained student into an encoder that score, sentence-transformers and vLLM load."""
+    """Turn a trained student into an encoder.
+
+    Encode, score, sentence-transformers and vLLM load its folder.
+    """
     set_up_logging(log_level)
     from flipkd.models.export import export as run_export
 

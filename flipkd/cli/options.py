@@ -68,7 +68,8 @@ common_options = _options(
                  help="YAML or TOML file with any of these options."),
     click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
     click.option("--log-level", default="warning", show_default=True,
-                 type=click.Choice(["debug", "info", "warning", "error"], case_sensitive=False)),
+                 type=click.Choice(["debug", "info", "warning", "error"], case_sensitive=False),
+                 help="What is told on stderr beside the result: this and what is graver."),
     click.option("--log-format", type=click.Choice(LOG_FORMATS), default="text", show_default=True, expose_value=False,
                  callback=_take_log_format, help="Of what stands on stderr; json: one object a line, progress too."),
 )  # fmt: skip

@@ -103,7 +103,10 @@ def _field_options(kind: type) -> Callable[[F], F]:
 @run_options
 @common_options
 def train(as_json: bool, log_level: str, student: str, target_modules: str, **options: Any) -> None:
-    """Train a student: a decoder's LoRA learns from the teacher's scores."""
+    """Train a student on the teacher's scores.
+
+    The LoRA of a decoder learns; export makes an encoder of it.
+    """
     set_up_logging(log_level)
 
     def take(kind: type) -> dict[str, Any]:
