@@ -6,33 +6,43 @@ What it leaves is compared with docs/columns-and-reasons.md, and links of all do
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
 from pathlib import Path
 from typing import Any
 
+import click
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
 from flipkd.cli import main
+from jobs.nightly import nightly
 from tests.documents import DOCS, Block, blocks, sections, table
 
 DOC = DOCS / "walk-through.md"
 
 
+# How a line begins that runs in this process, which has PyTorch already, and what it runs.
+COMMANDS: dict[str, click.Command] = {"flipkd-batch ": main, "python $FLIPKD/jobs/nightly.py ": nightly}
+
+
 def run_shell(block: Block, encoder: Path, output: list[str]) -> None:
-    """Commands of flipkd run in this process, which has PyTorch already; anything else in a shell."""
-    if not block.text.startswith("flipkd-batch "):
-        subprocess.run(["bash", "-euo", "pipefail", "-c", block.text], check=True, timeout=60)
+    """Commands of flipkd run in this process, anything else in a shell; a comment tells another exit code than 0."""
+    if not block.text.startswith(tuple(COMMANDS)):
+        environment = {**os.environ, "ENCODER": str(encoder)}
+        subprocess.run(["bash", "-euo", "pipefail", "-c", block.text], check=True, timeout=60, env=environment)
         return
     for line in block.text.replace("\\\n", " ").splitlines():
-        words = shlex.split(line.replace("$ENCODER", shlex.quote(str(encoder))))
-        assert words[0] == "flipkd-batch", f"line {block.line}: a block holds commands of flipkd, or none"
-        found = CliRunner().invoke(main, words[1:], catch_exceptions=False)
-        assert found.exit_code == 0, (block.line, line, found.output)
+        start = next((start for start in COMMANDS if line.startswith(start)), None)
+        assert start is not None, f"line {block.line}: a block holds commands of flipkd, or none"
+        words = shlex.split(line.removeprefix(start).replace("$ENCODER", shlex.quote(str(encoder))), comments=True)
+        found = CliRunner().invoke(COMMANDS[start], words, catch_exceptions=False)
+        told = re.search(r"# exit code (\d)$", line)
+        assert found.exit_code == (int(told[1]) if told else 0), (block.line, line, found.output)
         output.append(found.output)
 
 
@@ -71,6 +81,18 @@ def test_customers_are_matched(walked: Walked) -> None:
     assert pq.read_table(folder / "scores")["reason"].null_count == 100
 
 
+def test_nights_are_released_but_for_the_one_with_half_its_pairs(walked: Walked) -> None:
+    folder, _, _ = walked
+    nights = folder / "nights"
+    assert {path.name for path in nights.glob("2026*")} == {"2026-11-25", "2026-11-26"}
+    assert json.loads((nights / "current.json").read_text())["date"] == "2026-11-26"
+    encoded = json.loads((nights / "2026-11-26/report/night.json").read_text())["encoded"]
+    assert [encoded[f"encode {side}"].get("encoded_texts", 0) for side in ("left", "right")] == [0, 1]
+    gates = json.loads((nights / "_held/2026-11-27/report/night.json").read_text())["gates"]
+    assert "max_pairs_change" in {gate["name"] for gate in gates if gate["verdict"] == "tripped"}
+    assert (nights / "_held/2026-11-27/report/night.html").exists()
+
+
 def test_notes_get_their_codes(walked: Walked) -> None:
     folder, names, _ = walked
     suggested = pq.read_table(folder / "suggested")
@@ -99,7 +121,7 @@ def test_outputs_have_the_columns_and_types_that_the_document_says(walked: Walke
     assert set(store["counts"]) == {row[0] for row in table(told["`encode`"])}
 
 
-@pytest.mark.parametrize("path", sorted(DOCS.glob("*.md")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))], ids=lambda path: path.name)
 def test_links_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)", path.read_text()):
         assert target.startswith("https://") or (path.parent / target).exists(), target
