@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from flipkd.cli.batch import score as score_command
 from flipkd.cli.rescore import rescore as rescore_command
 from flipkd.config import EncoderOptions, RunOptions, ScoreConfig
 from flipkd.errors import ConfigError, FlipkdError, OutputError
+from flipkd.models.folder import FLIPKD_FILE
 from flipkd.models.llm_options import LlmOptions
 from flipkd.run.cascade import score_and_rescore
 from flipkd.run.cascade_cost import dry_run
@@ -66,7 +68,13 @@ def inline(world: World, pairs: Path, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("form", "chosen"), [("ids", {"budget": "20%"}), ("texts", {"band": (0.05, 0.25)}), ("store", {"budget": "20%"})]
+    ("form", "chosen"),
+    [
+        ("ids", {"budget": "20%"}),
+        ("recorded", {"budget": "20%"}),
+        ("texts", {"band": (0.05, 0.25)}),
+        ("store", {"budget": "20%"}),
+    ],
 )
 def test_one_job_gives_what_two_give(
     world: World, make_pairs: MakePairs, llm_dir: Path, tmp_path: Path, form: str, chosen: dict[str, Any]
@@ -75,7 +83,13 @@ def test_one_job_gives_what_two_give(
     one, two = first(world, pairs, tmp_path / "out"), second(world, llm_dir, **chosen)
     encoder = EncoderOptions(world.encoder)
     tables: dict[str, Any] = {"records": world.left, "right_records": world.right}
-    if form == "ids":  # the record tables of the first stage are those of the second
+    template = None
+    if form == "recorded":  # by export, in the encoder's folder; the second stage reads the same texts
+        template = "Record: {text}"
+        shutil.copytree(world.encoder, tmp_path / "encoder")
+        (tmp_path / "encoder" / FLIPKD_FILE).write_text(json.dumps({"template": template}))
+        encoder = EncoderOptions(str(tmp_path / "encoder"))
+    if form in ("ids", "recorded"):  # the record tables of the first stage are those of the second
         one = replace(one, encoder=encoder, store=None, right_store=None, **tables)
         two = replace(two, records=None, right_records=None)
     elif form == "texts":
@@ -85,13 +99,14 @@ def test_one_job_gives_what_two_give(
     manifest = score_and_rescore(one, two)
 
     score(replace(one, output=str(tmp_path / "scores")))
-    rescore(replace(two, scores=str(tmp_path / "scores"), output=str(tmp_path / "two"), **tables))
+    rescore(replace(two, scores=str(tmp_path / "scores"), output=str(tmp_path / "two"), template=template, **tables))
     found, wanted = rows(tmp_path / "out"), rows(tmp_path / "two")
     assert found.equals(wanted)
     asked = 60 - found.column("llm_probability").null_count
     assert asked == 12 if "budget" in chosen else 5 < asked < 55
     assert manifest["counts"]["rescored"] == asked
-    before = {"ids": ["encode_left", "encode_right"], "texts": ["texts", "encode"], "store": []}[form]
+    encoded = ["encode_left", "encode_right"]
+    before = {"ids": encoded, "recorded": encoded, "texts": ["texts", "encode"], "store": []}[form]
     assert list(manifest["stages"]) == [*before, "score"]
     assert manifest["stages"]["score"]["rows_in"] == manifest["rows_in"] == 60
     assert manifest["complete"]
