@@ -40,6 +40,10 @@ class Location:
         """The location of ``name`` below this one."""
         return Location(f"{self.uri.rstrip('/')}/{name}", posixpath.join(self.path, name), self.filesystem)
 
+    def naming(self, name: str) -> str:
+        """How a message names the file ``name`` of this table; a table of one file is that file."""
+        return self.uri if posixpath.basename(self.path) == name else f"{name} of {self.uri}"
+
     def __reduce__(self) -> tuple[Any, ...]:
         return (open_location, (self.uri,))
 

@@ -29,6 +29,13 @@ REASONS: tuple[str | None, ...] = (
 _MISSING_ID, _MISSING_RECORD, _INVALID_TEXT, _MISSING_TEXT = 1, 2, 3, 4
 NOT_SCORED, NOT_SELECTED = 5, 6
 
+# What to do about pairs that lack the columns that are looked for.
+IDS_MISSING = "name the columns of ids with --left-column and --right-column"
+TEXTS_MISSING = (
+    "name the columns of texts with --left-text and --right-text, or give --records (to score, or --store) for pairs "
+    "of ids"
+)
+
 Rows = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 
 

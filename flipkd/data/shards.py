@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 PARQUET_SUFFIXES = (".parquet", ".parq", ".pq")
 HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
+_MAGIC = b"PAR1"
 _BUFFER_BYTES = 1 << 16  # measured: larger ones cost more, since they do not stay in the cache
 
 
@@ -59,6 +60,8 @@ def find_shards(location: Location) -> list[Shard]:
     if info.type == pafs.FileType.NotFound:
         raise InputError(f"{location.uri} does not exist")
     if info.type == pafs.FileType.File:
+        if not location.path.lower().endswith(PARQUET_SUFFIXES):
+            _check_parquet(location)
         return [_shard(info, posixpath.basename(location.path))]
     shards, others = [], 0
     selector = pafs.FileSelector(location.path, recursive=True)
@@ -80,6 +83,20 @@ def find_shards(location: Location) -> list[Shard]:
     if not shards:
         raise InputError(f"{location.uri} holds no .parquet file")
     return sorted(shards, key=lambda shard: shard.name)
+
+
+def _check_parquet(location: Location) -> None:
+    """Looks whether a file whose name does not say so is Parquet."""
+    try:
+        with location.filesystem.open_input_file(location.path) as file:
+            found = file.read(len(_MAGIC))
+    except OSError as error:
+        raise InputError(f"cannot read {location.uri}: {reason(error)}") from error
+    if found != _MAGIC:
+        raise InputError(
+            f"{location.uri} is not a Parquet file; of CSV make one with pyarrow.csv.read_csv and "
+            "pyarrow.parquet.write_table"
+        )
 
 
 def _is_hidden(part: str) -> bool:
@@ -140,7 +157,7 @@ class ShardReader:
             found = (status.st_size, status.st_mtime_ns if shard.modified_ns else 0)
         if found != (shard.size_bytes, shard.modified_ns):
             raise InputError(
-                f"{shard.name} of {self._location.uri} has changed since it was listed; run again when it is at rest"
+                f"{self._location.naming(shard.name)} has changed since it was listed; run again when it is at rest"
             )
 
     @property
@@ -171,20 +188,29 @@ class ShardReader:
         found = self._file.metadata.metadata or {}
         return {key.decode(errors="replace"): value.decode(errors="replace") for key, value in found.items()}
 
-    def check_columns(self, columns: Sequence[str]) -> None:
+    def column_type(self, column: str) -> pa.DataType:
+        """Type of a column that is there; those from folder names are strings."""
+        return self.schema.field(column).type if column in self.schema.names else pa.string()
+
+    def check_columns(self, columns: Sequence[str], way_out: str = "") -> None:
         """Refuses columns that the shard does not have, or has twice.
+
+        Args:
+            columns: names.
+            way_out: what to do about a column that is not there.
 
         Raises:
             ConfigError: names the file, the column and the columns there are.
         """
-        place = f"{self._shard.name} of {self._location.uri}"
+        place = self._location.naming(self._shard.name)
         known = [*self.schema.names, *(key for key, _ in self._shard.partitions)]
         for column in columns:
             count = self.schema.names.count(column)
             if count > 1:
                 raise ConfigError(f"{place} has {count} columns named {column!r}")
             if column not in known:
-                raise ConfigError(f"{place} has no column {column!r}; it has {', '.join(known)}")
+                told = f"{place} has no column {column!r}; it has {', '.join(known)}"
+                raise ConfigError(f"{told}; {way_out}" if way_out else told)
 
     def batches(
         self, columns: Sequence[str], batch_rows: int, *, row_groups: tuple[int, int], skip_rows: int, rows: int
@@ -240,7 +266,7 @@ class ShardReader:
             yield
         except (OSError, pa.ArrowException, StopIteration, UnicodeDecodeError, OverflowError, MemoryError) as error:
             raise InputError(
-                f"cannot read {self._shard.name} of {self._location.uri}: {reason(error) or 'rows are missing'}; "
+                f"cannot read {self._location.naming(self._shard.name)}: {reason(error) or 'rows are missing'}; "
                 "mend or remove the file, or pass --on-bad-shard skip"
             ) from error
 

@@ -90,5 +90,5 @@ def _read_one(location: Location, shard: Shard) -> TeacherFacts | None:
         return TeacherFacts(text_columns=(left, right), **facts)
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(
-            f"{shard.name} of {location.uri}: its footer {TEACHER_KEY} cannot be read; run teach again"
+            f"{location.naming(shard.name)}: its footer {TEACHER_KEY} cannot be read; run teach again"
         ) from error

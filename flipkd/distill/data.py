@@ -229,7 +229,7 @@ def _read_shard(
     nothing = np.full(table.num_rows, np.nan, np.float32)
     labels, scores = nothing, nothing
     if label is not None:
-        labels = read_labels(table.column(label), label, f"{shard.name} of {location.uri}").to_numpy()
+        labels = read_labels(table.column(label), label, location.naming(shard.name)).to_numpy()
     if has_scores:
         scores = table.column(TEACHER_SCORE).cast(pa.float32()).to_numpy()
     return _Part((sides[0], sides[1]), (labels, scores))

@@ -173,7 +173,7 @@ def scan(
             groups = reader.row_group_rows
             rows = sum(groups)
             for table in reader.batches(wanted, _BATCH_ROWS, row_groups=(0, len(groups)), skip_rows=0, rows=rows):
-                score = _scores(table.column(score_column), score_column, f"{shard.name} of {location.uri}")
+                score = _scores(table.column(score_column), score_column, location.naming(shard.name))
                 why = _reasons(table, score, score_column, has_reason)
                 scored = score[~np.isnan(score)]
                 counts.scores.add(scored)

@@ -87,7 +87,7 @@ def fit_from_output(output: Location, label_column: str) -> tuple[Combination, i
         row = 0
         with ShardReader(output, shard) as reader:
             for table in reader.all_batches(columns, _ROWS):
-                source = f"{shard.name} of {output.uri}"
+                source = output.naming(shard.name)
                 labels = read_labels(table.column(label_column), label_column, source, first_row=row, allows_null=True)
                 row += table.num_rows
                 values = [as_numbers(column) for column in (*table.select(columns[:2]).columns, labels)]

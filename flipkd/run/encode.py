@@ -102,11 +102,13 @@ def plan_encode(config: EncodeConfig) -> EncodePlan:
     return EncodePlan(config, plan, store, run_fingerprint, encoder)
 
 
-def check_schema(location: Location, plan: Plan, columns: Sequence[str], texts: Sequence[str]) -> None:
+def check_schema(
+    location: Location, plan: Plan, columns: Sequence[str], texts: Sequence[str], way_out: str = ""
+) -> None:
     """Looks for columns, and at the types of texts, in the first file: what is wrong fails before any work."""
     if plan.units:
         with ShardReader(location, plan.units[0].shard) as reader:
-            reader.check_columns(columns)
+            reader.check_columns(columns, way_out)
             for name in texts:
                 if name in reader.schema.names:  # else a folder's name, which is text
                     as_text(pa.array([], reader.schema.field(name).type), name)

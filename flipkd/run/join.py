@@ -113,12 +113,7 @@ def id_kind(table: RecordTable, id_column: str, template: str) -> str:
     """How the ids of a record table are compared; also looks for its columns, so that a wrong name fails early."""
     with ShardReader(table.location, table.shards[0]) as reader:
         reader.check_columns([id_column, *template_fields(template)])
-        return check_id_type(column_type(reader, id_column), id_column)
-
-
-def column_type(reader: ShardReader, column: str) -> pa.DataType:
-    """Type of a column that is there; those from folder names are strings."""
-    return reader.schema.field(column).type if column in reader.schema.names else pa.string()
+        return check_id_type(reader.column_type(id_column), id_column)
 
 
 def joined_plan(plan: Plan, joined: Location, failed: set[str]) -> Plan:

@@ -16,7 +16,7 @@ from flipkd.data.shards import Shard, ShardReader, find_shards
 from flipkd.errors import ConfigError, InputError
 from flipkd.models.llm import load_prompts, read_llm
 from flipkd.run.combination import Combination, read_combination
-from flipkd.run.join import RecordTable, column_type, id_kind
+from flipkd.run.join import RecordTable, id_kind
 from flipkd.run.manifest import MANIFEST
 from flipkd.run.output import refuse_overlap
 from flipkd.run.rescore_config import RescoreConfig
@@ -198,7 +198,7 @@ def _check_shard(
         if config.run.on_bad_shard == "skip":
             return None
         raise
-    source = f"{shard.name} of {scores.uri}"
+    source = scores.naming(shard.name)
     with reader:
         names = reader.schema.names
         for name in _ADDED:
@@ -221,7 +221,7 @@ def _check_shard(
         if config.fit_labels is not None:
             reader.check_columns([config.fit_labels])
         for place, column in enumerate(config.pair_columns):
-            kind = column_type(reader, column)
+            kind = reader.column_type(column)
             if kinds:
                 check_ids_fit(kind, column, kinds[min(place, len(kinds) - 1)])
             else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,8 @@ from flipkd.config import EncodeConfig, ScoreConfig
 from flipkd.data.calibration import as_json, read_calibration
 from flipkd.data.commit import read_json
 from flipkd.data.location import Location, open_location
+from flipkd.data.pairs import IDS_MISSING, TEXTS_MISSING
+from flipkd.data.record_texts import check_ids_fit
 from flipkd.data.shards import ShardReader, find_shards
 from flipkd.errors import ConfigError
 from flipkd.run.encode import (
@@ -26,6 +28,7 @@ from flipkd.run.manifest import WORK_FOLDER
 from flipkd.run.output import refuse_overlap
 from flipkd.run.score import ScoreTask, ScoreWorker, output_columns
 from flipkd.run.units import Plan, fingerprint, plan_units, work_name
+from flipkd.vectors.id_types import check_id_type
 from flipkd.vectors.layout import is_sealed, read_header
 
 # Key of the manifest: fingerprint of the encoder whose scores these are.
@@ -102,7 +105,9 @@ def plan_score(config: ScoreConfig) -> ScorePlan:
     )
     skip = config.run.on_bad_shard == "skip"
     plan = plan_units(pairs, shards, config.rows_per_unit, run_fingerprint, skip_bad_shards=skip)
-    check_schema(pairs, plan, config.pair_columns, config.pair_columns if config.is_inline else ())
+    texts, way_out = (config.pair_columns, TEXTS_MISSING) if config.is_inline else ((), IDS_MISSING)
+    check_schema(pairs, plan, config.pair_columns, texts, way_out)
+    _check_ids(pairs, plan, config.pair_columns, encodes)
     if config.is_inline:
         store = work_folder(config, plan, run_fingerprint).child("store").path
     assert store is not None
@@ -195,6 +200,19 @@ def work_folder(config: ScoreConfig, plan: Plan, run_fingerprint: str) -> Locati
     if not root.is_local:
         raise ConfigError("a vector store is mapped into memory: name a local folder for it with --cache")
     return root.child(work_name(plan, run_fingerprint))
+
+
+def _check_ids(pairs: Location, plan: Plan, columns: Sequence[str], encodes: Sequence[EncodePlan]) -> None:
+    """Pairs whose ids cannot be those of the records are refused before the records are encoded."""
+    if not encodes or not all(each.units for each in (plan, *(encode.plan for encode in encodes))):
+        return
+    kinds = []
+    for encode in encodes:
+        with ShardReader(open_location(encode.config.records), encode.plan.units[0].shard) as reader:
+            kinds.append(check_id_type(reader.column_type(encode.config.id_column), encode.config.id_column))
+    with ShardReader(pairs, plan.units[0].shard) as reader:
+        for column, kind in zip(columns, (kinds[0], kinds[-1]), strict=True):
+            check_ids_fit(reader.column_type(column), column, kind)
 
 
 def _check_output_columns(task: ScoreTask, pairs: Location, plan: Plan) -> None:

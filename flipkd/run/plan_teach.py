@@ -11,6 +11,7 @@ import pyarrow as pa
 from flipkd.config import DEFAULT_LABEL_COLUMN, TeachConfig
 from flipkd.data.labels import read_labels
 from flipkd.data.location import Location, open_location
+from flipkd.data.pairs import IDS_MISSING, TEXTS_MISSING
 from flipkd.data.record_texts import check_ids_fit
 from flipkd.data.records import as_text
 from flipkd.data.shards import Shard, ShardReader, find_shards
@@ -19,7 +20,7 @@ from flipkd.errors import ConfigError, InputError
 from flipkd.models.teacher import read_cross_encoder, teacher_kind
 from flipkd.models.trust import check_code
 from flipkd.run.encode import encoder_fingerprint
-from flipkd.run.join import JOIN_REASON, RecordTable, column_type, id_kind
+from flipkd.run.join import JOIN_REASON, RecordTable, id_kind
 from flipkd.run.output import refuse_overlap
 from flipkd.run.units import Plan, fingerprint, plan_units
 
@@ -123,13 +124,13 @@ def _check_pairs(config: TeachConfig, pairs: Location, shards: Sequence[Shard], 
             "none; add it there (null where unknown), or name another --label-column"
         )
     if without and config.label_column != DEFAULT_LABEL_COLUMN:
-        raise ConfigError(f"{without[0].name} of {pairs.uri} has no label column {config.label_column!r}")
+        raise ConfigError(f"{pairs.naming(without[0].name)} has no label column {config.label_column!r}")
     return config.label_column if with_labels else None
 
 
 def _check_shard(config: TeachConfig, pairs: Location, shard: Shard, kinds: Sequence[str]) -> bool | None:
     """Whether the shard has labels; None where it cannot be read and may be skipped."""
-    source = f"{shard.name} of {pairs.uri}"
+    source = pairs.naming(shard.name)
     skip = config.run.on_bad_shard == "skip"
     try:
         reader = ShardReader(pairs, shard)
@@ -138,7 +139,7 @@ def _check_shard(config: TeachConfig, pairs: Location, shard: Shard, kinds: Sequ
             return None
         raise
     with reader:
-        reader.check_columns(config.pair_columns)
+        reader.check_columns(config.pair_columns, IDS_MISSING if kinds else TEXTS_MISSING)
         added = [*TEACHER_COLUMNS, JOIN_REASON]
         if kinds:
             added += [config.left_text, config.right_text]
@@ -146,7 +147,7 @@ def _check_shard(config: TeachConfig, pairs: Location, shard: Shard, kinds: Sequ
             if name in reader.schema.names:
                 raise ConfigError(f"{source} has a column {name!r} already, which teach adds; rename or drop it")
         for place, column in enumerate(config.pair_columns):
-            kind = column_type(reader, column)
+            kind = reader.column_type(column)
             if kinds:
                 check_ids_fit(kind, column, kinds[min(place, len(kinds) - 1)])
             else:

@@ -11,6 +11,7 @@ from flipkd.data.location import Location
 from flipkd.data.records import template_fields
 from flipkd.data.shards import Shard, ShardReader
 from flipkd.errors import ConfigError
+from flipkd.vectors.id_types import check_id_type
 
 logger = logging.getLogger(__name__)
 
@@ -46,12 +47,16 @@ def check_record_columns(records: Location, shard: Shard, config: EncodeConfig, 
         told_by: the file that the template is from, if it is the encoder's.
 
     Raises:
-        ConfigError: a column is missing; says where the template is from, and the way out.
+        ConfigError: a column is missing (says where the template is from, and the way out), or cannot hold ids.
     """
     with ShardReader(records, shard) as reader:
-        reader.check_columns([config.id_column])
+        reader.check_columns([config.id_column], "name the ids' column with --id-column")
+        check_id_type(reader.column_type(config.id_column), config.id_column)
         try:
-            reader.check_columns(template_fields(config.text_template))
+            reader.check_columns(
+                template_fields(config.text_template),
+                "" if told_by else "name the texts' column with --text-column, or several with --template",
+            )
         except ConfigError as error:
             if told_by is None:
                 raise
