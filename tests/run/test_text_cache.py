@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
+from safetensors.numpy import load_file, save_file
 
 from flipkd.cli import main
 from flipkd.config import EncodeConfig, EncoderOptions, ScoreConfig, TeachConfig
@@ -44,13 +46,31 @@ def write_records(folder: Path, texts: Sequence[str], files: int = 3, skip: Sequ
     return str(folder)
 
 
-@pytest.fixture
-def task(world: World, tmp_path: Path) -> EncodeConfig:
+@pytest.fixture(scope="module")
+def encoder(minilm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """MiniLM's first block alone: the cache does not know one model from another, and five blocks take their time."""
+    folder = tmp_path_factory.mktemp("cut") / "encoder"
+    shutil.copytree(minilm_dir, folder)
+    weights = load_file(folder / "model.safetensors")
+    first = {name: value for name, value in weights.items() if not re.search(r"layer\.[1-5]\.", name)}
+    assert len(weights) - len(first) == 5 * 16
+    save_file(first, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    return str(folder)
+
+
+def make_task(world: World, encoder: str, folder: Path) -> EncodeConfig:
     """Records of three files, to a store, with a cache."""
-    records = write_records(tmp_path / "records", world.texts[0])
+    records = write_records(folder / "records", world.texts[0])
     return EncodeConfig(
-        EncoderOptions(world.encoder), records, str(tmp_path / "store"), cache=str(tmp_path / "cache"), rows_per_unit=15
+        EncoderOptions(encoder), records, str(folder / "store"), cache=str(folder / "cache"), rows_per_unit=15
     )
+
+
+@pytest.fixture
+def task(world: World, encoder: str, tmp_path: Path) -> EncodeConfig:
+    return make_task(world, encoder, tmp_path)
 
 
 def counts(manifest: dict[str, Any]) -> tuple[int, int]:
@@ -70,6 +90,8 @@ def test_the_second_night_encodes_what_has_changed_and_gives_the_same_bytes(
     world: World, task: EncodeConfig, tmp_path: Path, dtype: Any
 ) -> None:
     task = replace(task, dtype=dtype)
+    if dtype == "int8":  # the default, with a whole real model
+        task = replace(task, encoder=EncoderOptions(world.encoder))
     plain = replace(task, cache=None, output=str(tmp_path / "plain"))
     assert counts(encode(plain)) == (RECORDS, 0)
     first = encode(task)
@@ -112,10 +134,10 @@ def test_a_cache_that_cannot_be_compacted_is_a_warning(
     assert VectorStore.open(task.output).header["rows"] == RECORDS
 
 
-def test_missing_invalid_and_truncated_texts_keep_their_marks(world: World, task: EncodeConfig, tmp_path: Path) -> None:
+def test_missing_invalid_and_truncated_texts_keep_their_marks(task: EncodeConfig, tmp_path: Path) -> None:
     texts: list[Any] = [b"short", b"a long text " * 30, None, b" ", b"he\xffllo", b"short "]
     pq.write_table(pa.table({"id": range(6), "text": pa.array(texts, pa.binary())}), tmp_path / "marks.parquet")
-    task = replace(task, records=str(tmp_path / "marks.parquet"), encoder=EncoderOptions(world.encoder, max_length=16))
+    task = replace(task, records=str(tmp_path / "marks.parquet"), encoder=replace(task.encoder, max_length=16))
     plain = replace(task, cache=None, output=str(tmp_path / "plain"))
     encode(plain)
     assert counts(encode(task)) == (2, 0)  # of the two short ones one
@@ -137,16 +159,17 @@ def copy_encoder(source: str, folder: Path, file: str, **values: Any) -> str:
     return str(folder)
 
 
-def test_a_changed_template_length_dtype_or_encoder_is_a_miss(world: World, task: EncodeConfig, tmp_path: Path) -> None:
+def test_a_changed_template_length_dtype_or_encoder_is_a_miss(encoder: str, task: EncodeConfig, tmp_path: Path) -> None:
+    """One text under two models, templates or lengths has a vector for each: AutoIntent PR#337."""
     encode(task)
-    shorter = EncoderOptions(world.encoder, max_length=20)
+    shorter = EncoderOptions(encoder, max_length=20)
     prompts = {"prompts": {"document": "passage: "}, "default_prompt_name": "document"}
-    prompted = copy_encoder(world.encoder, tmp_path / "prompted", "config_sentence_transformers.json", **prompts)
-    other = copy_encoder(world.encoder, tmp_path / "other", "1_Pooling/config.json", pooling_mode="max")
+    prompted = copy_encoder(encoder, tmp_path / "prompted", "config_sentence_transformers.json", **prompts)
+    other = copy_encoder(encoder, tmp_path / "other", "1_Pooling/config.json", pooling_mode="max")
     changes: dict[str, dict[str, Any]] = {
         "template": {"template": "Record: {text}"},
         "length": {"encoder": shorter},
-        "arithmetic": {"encoder": EncoderOptions(world.encoder, dtype="bf16")},
+        "arithmetic": {"encoder": EncoderOptions(encoder, dtype="bf16")},
         "dtype": {"dtype": "bf16"},
         "prompt": {"encoder": EncoderOptions(prompted)},
         "pooling": {"encoder": EncoderOptions(other)},
@@ -164,10 +187,12 @@ def test_a_changed_template_length_dtype_or_encoder_is_a_miss(world: World, task
     assert counts(encode(replace(task, output=str(tmp_path / "short"), encoder=shorter))) == (0, RECORDS)
 
 
-def test_score_keeps_stores_and_texts_beside_each_other(world: World, make_pairs: MakePairs, tmp_path: Path) -> None:
+def test_score_keeps_stores_and_texts_beside_each_other(
+    world: World, encoder: str, make_pairs: MakePairs, tmp_path: Path
+) -> None:
     records = write_records(tmp_path / "records", world.texts[0])
     config = ScoreConfig(
-        pairs=str(make_pairs()), output=str(tmp_path / "one"), encoder=EncoderOptions(world.encoder), records=records,
+        pairs=str(make_pairs()), output=str(tmp_path / "one"), encoder=EncoderOptions(encoder), records=records,
         cache=str(tmp_path / "cache"),
     )  # fmt: skip
     assert counts(score(config)["stages"]["encode_left"]) == (RECORDS, 0)
@@ -179,10 +204,10 @@ def test_score_keeps_stores_and_texts_beside_each_other(world: World, make_pairs
     assert sorted(name[:6] for name in os.listdir(tmp_path / "cache")) == ["store-", "store-", "texts"]
 
 
-def test_inline_texts_and_a_teacher_use_the_same_cache(world: World, tmp_path: Path) -> None:
+def test_inline_texts_and_a_teacher_use_the_same_cache(world: World, encoder: str, tmp_path: Path) -> None:
     left, right = world.texts
     pq.write_table(pa.table({"left_text": left[:20], "right_text": right[:20]}), tmp_path / "pairs.parquet")
-    options = EncoderOptions(world.encoder)
+    options = EncoderOptions(encoder)
     cache = str(tmp_path / "cache")
     config = ScoreConfig(
         pairs=str(tmp_path / "pairs.parquet"), output=str(tmp_path / "one"), encoder=options, cache=cache,
@@ -230,18 +255,32 @@ encode.encode(EncodeConfig(EncoderOptions(encoder), records, output, cache=cache
 """
 
 
-def test_a_killed_job_has_cached_what_it_committed(task: EncodeConfig, tmp_path: Path) -> None:
-    arguments = [task.encoder.folder, task.records, str(tmp_path / "killed"), str(task.cache), "2"]
-    done = subprocess.run([sys.executable, "-c", ENCODE, *arguments], check=False)
-    assert done.returncode == -signal.SIGKILL
+@pytest.fixture(scope="module")
+def killed(world: World, encoder: str, tmp_path_factory: pytest.TempPathFactory) -> EncodeConfig:
+    """A job that was killed when two units of its store were committed."""
+    task = make_task(world, encoder, tmp_path_factory.mktemp("killed"))
+    arguments = [encoder, task.records, task.output, str(task.cache), "2"]
+    assert subprocess.run([sys.executable, "-c", ENCODE, *arguments], check=False).returncode == -signal.SIGKILL
+    return task
+
+
+def copied(task: EncodeConfig, folder: Path) -> EncodeConfig:
+    """The same job in another folder; the files keep their times, by which a resumed job knows its input."""
+    shutil.copytree(Path(task.output).parent, folder, dirs_exist_ok=True)
+    places = {name: str(folder / Path(getattr(task, name)).name) for name in ("records", "output", "cache")}
+    return replace(task, **places)
+
+
+def test_a_killed_job_has_cached_what_it_committed(killed: EncodeConfig, tmp_path: Path) -> None:
+    task = copied(killed, tmp_path)
     # Two of the six units (15 and 5 records a file) are committed. Resumed, they are not even looked up ...
-    resumed = encode(replace(task, output=str(tmp_path / "killed")))
+    resumed = encode(task)
     assert resumed["units_resumed"] == 2
     assert counts(resumed) == (RECORDS, 0)
     # ... and a job with another output takes all from the cache.
     encode(replace(task, cache=None, output=str(tmp_path / "plain")))
-    assert counts(encode(task)) == (0, RECORDS)
-    assert same_stores(str(tmp_path / "killed"), task.output)
+    assert counts(encode(replace(task, output=str(tmp_path / "cached")))) == (0, RECORDS)
+    assert same_stores(str(tmp_path / "cached"), task.output)
     assert same_stores(str(tmp_path / "plain"), task.output)
 
 
@@ -332,9 +371,8 @@ class TestForget:
         assert json.loads(done.stdout) == {"ids": 2, "ids_not_found": 2, "deleted_vectors": 0, "deleted_stores": 0}
         assert contents(Path(task.output)) == before
 
-    def test_an_unfinished_store_goes_too(self, task: EncodeConfig, tmp_path: Path) -> None:
-        arguments = [task.encoder.folder, task.records, task.output, str(task.cache), "2"]
-        assert subprocess.run([sys.executable, "-c", ENCODE, *arguments], check=False).returncode == -signal.SIGKILL
+    def test_an_unfinished_store_goes_too(self, killed: EncodeConfig, tmp_path: Path) -> None:
+        task = copied(killed, tmp_path)
         assert list(Path(task.output).rglob("*.parquet"))
         (tmp_path / "ids").write_text(f"{record_id(0)}\n")
         done = CliRunner().invoke(main, [*command(task, Path(task.output))[3:], "--forget", str(tmp_path / "ids")])
