@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from flipkd.data.records import template_fields
+from flipkd.data.template import template_fields
 from flipkd.errors import ConfigError, ModelError
 from flipkd.models.settings import (
     TRANSFORMER_CONFIGS,

@@ -15,8 +15,9 @@ import pyarrow as pa
 from flipkd.config import EncodeConfig, EncoderOptions
 from flipkd.data.commit import read_json, write_json
 from flipkd.data.location import Location, open_location
-from flipkd.data.records import as_text, template_fields
+from flipkd.data.records import as_text
 from flipkd.data.shards import ShardReader, find_shards
+from flipkd.data.template import template_fields
 from flipkd.errors import ConfigError, OutputError
 from flipkd.run.cached_encoder import text_cache_of
 from flipkd.run.encode_unit import EncodeWorker

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from flipkd.config import EncodeConfig
 from flipkd.data.location import Location
-from flipkd.data.records import template_fields
 from flipkd.data.shards import Shard, ShardReader
+from flipkd.data.template import template_fields
 from flipkd.errors import ConfigError
 from flipkd.vectors.id_types import check_id_type
 
