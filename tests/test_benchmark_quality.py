@@ -10,6 +10,7 @@ import pytest
 from benchmarks.quality import QUICK, Results, Task, ratios, run, summary
 from benchmarks.quality_methods import COMPARED, METHODS, STUDENTS, SWEPT
 from benchmarks.quality_sets import DATASETS, read_pairs, some_groups, unlabelled_pairs, with_nearest
+from benchmarks.quality_tables import draw, main_table, sweep_table
 from flipkd.demo.pair_sets import PairSet, PairSplits, pair_set, write_pairs
 
 
@@ -133,3 +134,23 @@ def test_what_fails_is_told_and_costs_no_other_row(tmp_path: Path, capsys: pytes
     assert len(failed) == 1
     assert "no_such_method" in failed[0]
     assert failed[0] in capsys.readouterr().out
+
+
+def test_tables_and_the_picture(tmp_path: Path) -> None:
+    rows = [row("flip", 0.9), row("flip", 0.8, seed=1), row("teacher", 0.7), row("flip", 0.6, "sec_names")]
+    lines = main_table(rows).splitlines()
+    assert lines[0] == "| method | icd9 | sec_names |"
+    assert lines[2] == "| teacher | 35.0 / 70.0 |  |"
+    assert lines[3] == "| flip | 42.5 ± 2.5 / 85.0 | 30.0 / 60.0 |"
+    swept = [row("flip", 0.8), row("rank 16", 0.7), row("layer 5", 0.9)]
+    assert [line.split(" | ")[0] for line in sweep_table(swept).splitlines()[2:]] == [
+        "| nothing",
+        "| layer 5",
+        "| rank 16",
+    ]
+    assert "+5.0 / +10.0" in sweep_table(swept)
+    few = [{**each, "labels": 0.1} for each in rows]
+    draw([*rows, *few], tmp_path / "labels.svg")
+    picture = (tmp_path / "labels.svg").read_text()
+    assert "icd9" in picture
+    assert "student, flipped" in picture
