@@ -112,13 +112,14 @@ def attention_for_transformers(
     *,
     groups: Groups,
     starts: Tensor | None = None,
+    is_causal: bool | None = None,
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each text, in the signature of transformers' attention interface.
+    """Attention within each text, in the signature of transformers' attention interface.
 
     Args:
         module: the attention layer.
@@ -127,6 +128,7 @@ def attention_for_transformers(
         value: like ``key``.
         attention_mask: None; a packed row needs none.
         groups, starts: see ``PackedTexts``; without ``starts`` no flash kernel is used.
+        is_causal: False where a token sees those after it too; only without ``sliding_window`` and ``softcap``.
         dropout: of attention weights.
         scaling: of the products.
         sliding_window: a token sees itself and at most this many minus one before it (Mistral, Gemma).
@@ -137,11 +139,14 @@ def attention_for_transformers(
     """
     if attention_mask is not None:
         raise ValueError("packed texts take no attention mask")
+    causal = is_causal is not False
+    if not causal and (sliding_window is not None or softcap is not None):
+        raise ValueError("full attention is there for models without sliding windows and soft caps")
     longest = max(length for _, length in groups)
     is_plain = not dropout and softcap is None and (sliding_window is None or longest <= sliding_window)
     if starts is not None and is_plain and takes_flash(query):
         q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))  # [T, heads, head width], views
-        return packed_attention(q, k, v, starts, longest, causal=True, scale=scaling)[None], None
+        return packed_attention(q, k, v, starts, longest, causal=causal, scale=scaling)[None], None
     repeats = query.shape[1] // key.shape[1]
     kind = query.dtype
     if query.device.type == "cpu" and kind is torch.bfloat16:
@@ -155,7 +160,7 @@ def attention_for_transformers(
         # [heads, count * length, width] -> [count, heads, length, width], a view
         batch = [part.view(len(part), count, length, -1).transpose(0, 1) for part in parts]
         mask = _window_mask(length, sliding_window, query.device)
-        mixed = _attend(batch, repeats, mask, dropout, scaling, softcap)
+        mixed = _attend(batch, repeats, mask, causal, dropout, scaling, softcap)
         outputs.append(mixed.transpose(1, 2).reshape(count * length, query.shape[1], value.shape[-1]))
     return torch.cat(outputs)[None].to(kind), None
 
@@ -172,6 +177,7 @@ def _attend(
     batch: list[Tensor],
     repeats: int,
     mask: Tensor | None,
+    causal: bool,
     dropout: float,
     scaling: float | None,
     softcap: float | None,
@@ -181,7 +187,7 @@ def _attend(
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     if softcap is None:
         return scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
+            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal and mask is None, scale=scaling
         )
     length = query.shape[2]
     if mask is None:
