@@ -56,6 +56,14 @@ class EncodePlan:
     encoder_fingerprint: str
 
 
+def _row_bytes(config: EncodeConfig) -> int:
+    """Bytes of a record in the store, estimated: its vector, and id, scale, status and place in the index."""
+    from flipkd.models.folder import read_folder, vector_size
+
+    size = vector_size(read_folder(config.encoder.folder)) or 1024
+    return size * {"float32": 4, "bf16": 2, "int8": 1}[config.dtype] + 64
+
+
 def encoder_fingerprint(options: EncoderOptions) -> str:
     """Fingerprint of an encoder folder and the options that change its vectors.
 
@@ -156,7 +164,7 @@ def encode_planned(planned: EncodePlan) -> dict[str, Any]:
             run=config.run,
             unit_name="records",
             uses_model=True,
-            output_bytes=planned.plan.rows * 1600,
+            output_bytes=planned.plan.rows * _row_bytes(config),
             about={"encoder": config.encoder.folder, "template": config.text_template},
         )
         manifest = run_job(job)
