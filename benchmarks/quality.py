@@ -9,12 +9,14 @@ The data sets stand in ``benchmarks.quality_sets``. The split is the same for ev
 - *token_set_ratio*: rapidfuzz, no model.
 - *minilm*: all-MiniLM-L6-v2 as it is.
 - *teacher*: the same, fine-tuned on the training pairs by sentence-transformers' trainer.
+- *weak_teacher*: the same with a tenth of the labels. *cross_encoder*: MiniLM with a head that reads both texts.
 - *untrained*: SmolLM2's lower blocks and A where every student starts: the whitening of training texts.
 - *lm*: all of SmolLM2, its LoRA trained on the language model's loss alone; its answer is the score.
 - *cosent*, *margin_mse*, *kl*: the student, trained on labels alone, or by a plain distillation loss.
 - *flip*: the student, trained by flipped distillation from the teacher's scores and vectors, and the labels.
 - *flip_without_mcl*, *_dist*, *_filter*: the same without one part of the loss.
 - *flip_unlabelled*: flip, with as many unlabelled pairs beside the labelled ones in every batch.
+- *flip_weak_teacher*, *flip_cross_encoder*: flip from those teachers.
 - *flip_lm*: flip with the language model's loss (all blocks are trained); *flip_decoder*: the answer of that run.
 - *sweep* stands for flip with one option changed, each in turn: to choose options, with ``--split validation``.
 
@@ -49,7 +51,7 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 
 from benchmarks.common import machine, report, versions
-from benchmarks.quality_methods import METHODS, STUDENTS, SWEPT
+from benchmarks.quality_methods import METHODS, STUDENTS, SWEPT, TEACHERS
 from benchmarks.quality_sets import DATASETS
 from benchmarks.quality_trial import Settings, Trial
 
@@ -126,7 +128,7 @@ def run(tasks: Sequence[Task], settings: Settings, work: Path, results: Results,
     """Computes the rows that are missing, ``jobs`` at a time; returns what failed, each with its reason."""
     wanted = [task for task in tasks if not results.has(task)]
     # What others wait for comes first: teachers, then the longest trainings; no row waits for a string similarity.
-    wanted.sort(key=lambda task: (task.method != "teacher", task.method not in ("lm", "flip_lm"), task.method))
+    wanted.sort(key=lambda task: (task.method not in TEACHERS, task.method not in ("lm", "flip_lm"), task.method))
     if jobs == 1:
         for task in wanted:
             results.add(_row(task, settings, work, None))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -19,6 +19,8 @@ class Student:
         loss: what is minimised.
         unlabelled: whether unlabelled pairs stand beside the labelled ones in every batch.
         answers: whether the decoder's answer is the score, in place of the encoder's cosine.
+        teacher: ``encoder``; ``weak``, the same with a tenth of the labels; or ``cross``, a cross-encoder, which gives
+            no vectors.
         run: the training it shares with another row; None for its own.
         student: options of ``StudentOptions`` that differ.
         train: options of ``TrainConfig`` that differ.
@@ -27,6 +29,7 @@ class Student:
     loss: LossOptions = field(default_factory=LossOptions)
     unlabelled: bool = False
     answers: bool = False
+    teacher: Literal["encoder", "weak", "cross"] = "encoder"
     run: str | None = None
     student: Mapping[str, Any] = field(default_factory=dict)
     train: Mapping[str, Any] = field(default_factory=dict)
@@ -43,6 +46,8 @@ COMPARED = {
     "flip_without_dist": Student(LossOptions(weight_pairs=0.0, weight_matrix=0.0)),
     "flip_without_filter": Student(LossOptions(positive_threshold=-np.inf, negative_threshold=np.inf)),
     "flip_unlabelled": Student(unlabelled=True),
+    "flip_weak_teacher": Student(teacher="weak"),
+    "flip_cross_encoder": Student(teacher="cross"),
     "flip_lm": Student(_WITH_LM),
     "flip_decoder": Student(_WITH_LM, answers=True, run="flip_lm"),
 }
@@ -66,4 +71,5 @@ SWEPT = {
     **{f"matrix temperature {value}": Student(LossOptions(matrix_temperature=value)) for value in (0.02, 0.1)},
 }
 STUDENTS = {**COMPARED, **SWEPT}
-METHODS = ("token_set_ratio", "minilm", "teacher", "untrained", *COMPARED)
+TEACHERS = ("teacher", "weak_teacher", "cross_encoder")
+METHODS = ("token_set_ratio", "minilm", *TEACHERS, "untrained", *COMPARED)

@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock
 
-from benchmarks.quality_methods import STUDENTS, Student
+from benchmarks.quality_methods import STUDENTS, TEACHERS, Student
 from benchmarks.quality_sets import DATASETS, Encode, read_pairs, some_groups, unlabelled_pairs, with_nearest
+from benchmarks.quality_teachers import fine_tune_cross_encoder
 from flipkd import teach
 from flipkd.assets import minilm_folder, smollm2_folder
 from flipkd.config import EncoderOptions, RunOptions, TeachConfig
@@ -86,7 +87,7 @@ class Trial:
     ) -> None:
         self._data, self._seed, self._settings, self._labels = DATASETS[dataset], seed, settings, labels
         self._trained_on = self._data.trained_on or dataset
-        self._sets = work / "pairs"
+        self._root, self._sets = work, work / "pairs"
         self._splits_of = dataset
         steps = f"{settings.teacher_steps}-{settings.steps}-{settings.dtype}-{settings.device}"
         self._work = work / f"{self._trained_on}-labels-{labels:g}-seed-{seed}-steps-{steps}"
@@ -161,12 +162,11 @@ class Trial:
             return Method(string_similarity)
         if method == "minilm":
             return self._small(minilm_folder())
-        if method == "teacher":
-            return replace(
-                self._small(self._work / "teacher"),
-                seconds=self._teacher()["seconds"],
-                steps=self._settings.teacher_steps,
-            )
+        if method in TEACHERS:
+            kind = "encoder" if method == "teacher" else method.split("_")[0]
+            folder, seconds = self._teacher(kind)
+            ready = self._cross(folder) if kind == "cross" else self._small(folder)
+            return replace(ready, seconds=seconds, steps=self._settings.teacher_steps)
         from flipkd.models.adapter import load_student
 
         if method == "untrained":
@@ -181,9 +181,17 @@ class Trial:
             return Method(score, parameters=_block_parameters(student), **trained)
         return Method(_cosines(student.encode), parameters=parameters_run(student), **trained)
 
+    def _cross(self, folder: Path) -> Method:
+        from flipkd.models.cross_encoder import load_cross_encoder
+
+        model = load_cross_encoder(folder, device=self._settings.device)
+
+        def score(pairs: PairSet) -> Scores:
+            return model.score_pairs(pairs.left_text, pairs.right_text).scores
+
+        return Method(score, parameters=_saved_parameters(folder))
+
     def _small(self, folder: Path) -> Method:
-        if not folder.exists():
-            self._teacher()
         return Method(_cosines(_encoder(folder, self._settings.device)), parameters=_saved_parameters(folder))
 
     def _untrained(self) -> Any:
@@ -201,20 +209,29 @@ class Trial:
         values = {"layer": self._settings.layer, "dtype": self._settings.dtype, **changed}
         return StudentOptions(str(smollm2_folder()), **values)
 
-    def _teacher(self) -> dict[str, Any]:
+    def _teacher(self, kind: str = "encoder") -> tuple[Path, float]:
+        """Folder of a fine-tuned teacher, and seconds of its training."""
         settings = self._settings
+        if kind == "weak":
+            few = Trial(self._trained_on, self._seed, settings, self._root, 0.1 * self._labels, self._run.threads)
+            return few._teacher()
         options = FineTuning(steps=settings.teacher_steps, batch_size=settings.batch_pairs, seed=self._seed)
-        with FileLock(_beside(self._work / "teacher")):
+        output = self._work / f"teacher-{kind}"
+        with FileLock(_beside(self._work / "pairs")):
             for name in ("train", "validation"):
                 write_pairs(getattr(self._training, name), self._work / "pairs" / name / "part-0.parquet")
-            pairs, output = self._work / "pairs" / "train", self._work / "teacher"
-            return fine_tune_teacher(minilm_folder(), pairs, output, options, progress=self._run.progress)
+        pairs = self._work / "pairs" / "train"
+        with FileLock(_beside(output)):
+            if kind == "cross":
+                found = fine_tune_cross_encoder(minilm_folder(), pairs, output, options)
+            else:
+                found = fine_tune_teacher(minilm_folder(), pairs, output, options, progress=self._run.progress)
+        return output, found["seconds"]
 
-    def _teach(self, pairs: Path) -> Path:
-        """The teacher's scores and vectors of some pairs."""
-        self._teacher()
-        teacher = EncoderOptions(str(self._work / "teacher"), device=self._settings.device)
-        output = self._work / "teacher_scores" / pairs.name
+    def _teach(self, pairs: Path, kind: str) -> Path:
+        """The teacher's scores of some pairs, and its vectors if it has any."""
+        teacher = EncoderOptions(str(self._teacher(kind)[0]), device=self._settings.device)
+        output = self._work / f"teacher-{kind}-scores" / pairs.name
         with FileLock(_beside(output)):
             teach(TeachConfig(teacher, str(pairs), str(output), run=self._run))
         return output
@@ -223,7 +240,7 @@ class Trial:
         from flipkd.distill.train import train
 
         settings, pairs = self._settings, self._work / "pairs"
-        unlabelled = str(self._teach(self._unlabelled_pairs())) if student.unlabelled else None
+        unlabelled = str(self._teach(self._unlabelled_pairs(), student.teacher)) if student.unlabelled else None
         values = {
             "steps": settings.steps,
             "batch_pairs": settings.batch_pairs,
@@ -231,8 +248,8 @@ class Trial:
             **student.train,
         }
         config = TrainConfig(
-            pairs=str(self._teach(pairs / "train")),
-            validation=str(self._teach(pairs / "validation")),
+            pairs=str(self._teach(pairs / "train", student.teacher)),
+            validation=str(self._teach(pairs / "validation", student.teacher)),
             unlabelled=unlabelled,
             output=str(self._work / "runs" / run),
             student=self._student(whole_tower=student.loss.trains_language_model, **student.student),
