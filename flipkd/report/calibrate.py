@@ -79,7 +79,9 @@ def fit_platt(score: npt.NDArray[np.float32], label: npt.NDArray[np.bool_], weig
     # A soft target t is one pair of each class, with weights t and 1 - t. Scores are standardised for the solver.
     center = float(np.average(score, weights=weight))
     spread = float(np.sqrt(np.average((score - center) ** 2, weights=weight)))
-    if spread == 0:
+    # One score, but for what float32 does not tell or pairs of next to no weight: standardised, those would be huge and
+    # the solver would give up.
+    if spread <= np.finfo(np.float32).eps * float(np.abs(score).max()):
         rate = float(np.average(target, weights=weight))
         return Sigmoid(0.0, float(np.log(rate / (1 - rate))))
     standard = ((score.astype(np.float64) - center) / spread)[:, None]

@@ -51,6 +51,16 @@ def test_platt_finds_the_curve_that_made_the_labels() -> None:
     assert found.intercept == pytest.approx(-5, rel=0.05)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_pair_of_next_to_no_weight_is_none() -> None:
+    """The only other score: standardised it was 1e150, the solver gave up and said 0.5."""
+    score, weight = np.array([0.6, 0.9, 0.9, 0.9], np.float32), np.array([1e-300, 90.0, 6.0, 3.0])
+    found = fit_platt(score, np.array([False, True, False, True]), weight)
+    assert found is not None
+    assert found.slope == 0
+    assert probabilities(found, [0.9])[0] == pytest.approx(0.65, abs=0.01)
+
+
 def test_isotonic_is_chosen_where_no_sigmoid_fits_and_platt_where_pairs_are_few() -> None:
     generator = np.random.default_rng(0)
     score = generator.uniform(0, 1, 8_000).astype(np.float32)
