@@ -17,10 +17,9 @@ float32 (no flash kernel takes it), CPUs and everything else go text length by t
 ``scaled_dot_product_attention``: exact, and of the same cost where texts of one length lie side by side.
 
 A text's result does not depend on its neighbours: FlashAttention 3 and 4 are told not to split the keys of a text
-(``num_splits=1``, from PyTorch 2.12 on), and FlashAttention 2 splits none of a packed batch but on its way for one query
-a text (decoding).
-That way also fails where heads are grouped and a text is empty (Dao-AILab/flash-attention issue 1537), so the kernels
-are never told a bound below 2.
+(``num_splits=1``, from PyTorch 2.12 on), and FlashAttention 2 splits none of a packed batch but on its way for one
+query a text (decoding). That way also fails where heads are grouped and a text is empty (Dao-AILab/flash-attention
+issue 1537), so the kernels are never told a bound below 2.
 
 CUDA graphs: the flash kernels read ``cu_seqlens`` on the device, and ``max_length`` is only an upper bound, which a
 captured graph keeps. Capture with the bound of a shape, and fill unused places of ``cu_seqlens`` with its last number,

@@ -33,7 +33,7 @@ def check_options(dtype: str, device: str, max_length: int | None, threads: int 
 
 
 def find_device(device: str) -> torch.device:
-    """The device that "cpu", "cuda" or "auto" (CUDA if there is a device) stands for.
+    """The device that "cpu", "cuda" (the current one) or "auto" (CUDA if there is a device) stands for.
 
     Raises:
         ConfigError: there is no CUDA device.
@@ -45,4 +45,5 @@ def find_device(device: str) -> torch.device:
     place = torch.device(device)
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device 'cuda' was asked for, but torch sees no CUDA device; use cpu or auto")
-    return place
+    # by number, since each thread has a current device of its own
+    return torch.device("cuda", torch.cuda.current_device()) if place.type == "cuda" else place
