@@ -15,6 +15,7 @@ DEVICES = ("cpu", "cuda", "auto")
 # A GPU wants to be filled.
 MAX_TOKENS = {"cpu": 1024, "cuda": 65536}
 GPU_STREAMS = 2  # one batch is copied while another computes
+TOKENIZER_THREADS = {"cpu": 1, "cuda": 2}  # chunks of texts at once; a GPU is soon done with one
 
 
 def check_options(dtype: str, device: str, max_length: int | None, threads: int | None) -> None:
