@@ -1,6 +1,7 @@
 """Encoding records on a GPU: flipkd in bf16 against sentence-transformers in float16, both from texts to vectors.
 
     python -m benchmarks.gpu_encode [--texts N] [--models minilm,smollm2] [--limit SECONDS] [--profile]
+    python -m benchmarks.gpu_encode --prepare --work FOLDER    (makes the encoders alone; without a GPU too)
 
 The texts are made: each joins a few real descriptions of ICD-10-CM codes and their inclusion terms with "; ", drawn at
 random, so that they have about 40 tokens; all distinct, in random order. The models are all-MiniLM-L6-v2, and
@@ -27,7 +28,6 @@ import random
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,16 +38,15 @@ import torch
 
 from benchmarks.common import OutOfTimeError, interleave, report, say, time_limit
 from benchmarks.encode import least_cosine, multiplications
+from benchmarks.gpu_encode_peer import DEVICE, Peer, device_seconds
 from flipkd.assets import minilm_folder, smollm2_folder
 from flipkd.demo.icd10 import icd10_inclusions
 from flipkd.models.encoder import Encoder, load_encoder
 
 LAYER = 7
-_BATCH_SIZES = (256, 1024, 4096)
 _CHECKED = 4_000  # texts
 _TRIED = 16_384  # texts for the choice of a batch size
 _LEAST_COSINE = {"bf16": 0.998, "int8 rows": 0.98}
-_DEVICE = "cuda"
 
 
 def record_texts(count: int, seed: int = 0) -> list[str]:
@@ -64,6 +63,8 @@ def encoder_folder(name: str, work: Path) -> Path:
     """The folder of a model; made in ``work`` where it is none that is fetched."""
     if name == "minilm":
         return minilm_folder()
+    if (work / name).exists():  # an export is there whole or not at all
+        return work / name
     from flipkd.models.adapter import new_student
     from flipkd.models.export import export_student
     from flipkd.models.options import StudentOptions
@@ -93,21 +94,13 @@ def best_gemm(folders: list[Path]) -> float:
     shapes = {(8192, 8192, 8192), *((65536, *shape) for folder in folders for shape in multiplications(folder))}
     best = 0.0
     for rows, inputs, outputs in sorted(shapes):
-        left = torch.randn(rows, inputs, device=_DEVICE).bfloat16()
-        right = torch.randn(outputs, inputs, device=_DEVICE).bfloat16()
-        seconds = min(_seconds(lambda: torch.nn.functional.linear(left, right)) for _ in range(10))  # noqa: B023
+        left = torch.randn(rows, inputs, device=DEVICE).bfloat16()
+        right = torch.randn(outputs, inputs, device=DEVICE).bfloat16()
+        seconds = min(device_seconds(lambda: torch.nn.functional.linear(left, right)) for _ in range(10))  # noqa: B023
         rate = 2.0 * rows * inputs * outputs / seconds
         say({"what": f"bf16 multiplication {rows} x {inputs} x {outputs}", "TFLOP/s": round(rate / 1e12)})
         best = max(best, rate)
     return best
-
-
-def _seconds(function: Callable[[], Any]) -> float:
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    function()
-    torch.cuda.synchronize()
-    return time.perf_counter() - started
 
 
 def _in_short_turns(function: Callable[[], Any]) -> None:
@@ -130,62 +123,13 @@ def plain_operations() -> Iterator[None]:
         del os.environ["FLIPKD_ENCODER_OPS"]
 
 
-class Peer:
-    """sentence-transformers at its best on this GPU."""
-
-    def __init__(self, folder: Path, texts: list[str]) -> None:
-        from sentence_transformers import SentenceTransformer
-
-        self.dtype, self.batch_size = "float16", _BATCH_SIZES[0]
-        for dtype in (torch.float16, torch.bfloat16):  # a model whose numbers leave float16 runs in bfloat16
-            self.model = SentenceTransformer(
-                str(folder), device=_DEVICE, model_kwargs={"dtype": dtype, "attn_implementation": "sdpa"}
-            )
-            self.dtype = str(dtype).removeprefix("torch.")
-            if np.isfinite(self.encode(texts[:_CHECKED])).all():
-                break
-
-    def encode(self, texts: list[str], batch_size: int | None = None) -> np.ndarray:
-        """Vectors float32 [N, dim], on the GPU until the last batch."""
-        found = self.model.encode(
-            texts, batch_size=batch_size or self.batch_size, convert_to_tensor=True, show_progress_bar=False
-        )
-        made: np.ndarray = found.float().cpu().numpy()
-        return made
-
-    def choose(self, texts: list[str]) -> dict[int, float]:
-        """Texts/s by batch size; the best one is kept."""
-        rates = {}
-        for size in _BATCH_SIZES:
-            self.encode(texts[: 2 * size], size)
-            rates[size] = len(texts) / _seconds(lambda: self.encode(texts, size))  # noqa: B023
-        self.batch_size = max(rates, key=rates.__getitem__)
-        return rates
-
-    def features(self, texts: list[str]) -> list[dict[str, torch.Tensor]]:
-        """Token ids of sorted, padded batches, on the GPU."""
-        order = sorted(texts, key=len, reverse=True)
-        return [
-            dict(self.model.tokenizer(order[start : start + self.batch_size], padding=True, truncation=True,
-                                      max_length=self.model.max_seq_length, return_tensors="pt").to(_DEVICE))
-            for start in range(0, len(order), self.batch_size)
-        ]  # fmt: skip
-
-    def forward(self, features: list[dict[str, torch.Tensor]]) -> None:
-        """The model alone."""
-        with torch.inference_mode():
-            for batch in features:
-                self.model(dict(batch))
-        torch.cuda.synchronize()
-
-
 def host_batches(encoder: Encoder, texts: list[str]) -> list[tuple[np.ndarray, ...]]:
     """What the encoder's model is given: tokens of the texts, packed."""
     from flipkd.models.batches import packed_batches, tokenized_chunks
     from flipkd.models.device import MAX_TOKENS, TOKENIZER_THREADS
 
-    chunks = tokenized_chunks(encoder._tokenizer, texts, TOKENIZER_THREADS[_DEVICE])
-    return list(packed_batches(chunks, MAX_TOKENS[_DEVICE], True))
+    chunks = tokenized_chunks(encoder._tokenizer, texts, TOKENIZER_THREADS[DEVICE])
+    return list(packed_batches(chunks, MAX_TOKENS[DEVICE], True))
 
 
 def run_model(encoder: Encoder, batches: list[tuple[np.ndarray, ...]]) -> None:
@@ -221,9 +165,9 @@ def measure(
         rows.append(row)
         say(row)
 
-    encoder = load_encoder(folder, dtype="bf16", device=_DEVICE)
-    peer = Peer(folder, texts)
+    encoder = load_encoder(folder, dtype="bf16", device=DEVICE)
     checked = texts[:_CHECKED]
+    peer = Peer(folder, checked)
     wanted = peer.encode(checked)
     stored = encoder.encode_rows(checked, "int8").rows.values
     cosines = {
@@ -253,16 +197,16 @@ def measure(
     for way, value in seconds.items():
         add(way, value, flops=flops)
     batches = host_batches(encoder, texts)
-    add("flipkd, host alone", min(_seconds(lambda: host_batches(encoder, texts)) for _ in range(rounds)))
+    add("flipkd, host alone", min(device_seconds(lambda: host_batches(encoder, texts)) for _ in range(rounds)))
     features = peer.features(texts)
-    add("sentence-transformers, host alone", _seconds(lambda: peer.features(texts)))
+    add("sentence-transformers, host alone", device_seconds(lambda: peer.features(texts)))
     with plain_operations():
         run_model(encoder, batches)
-        plain = min(_seconds(lambda: run_model(encoder, batches)) for _ in range(rounds))
+        plain = min(device_seconds(lambda: run_model(encoder, batches)) for _ in range(rounds))
     run_model(encoder, batches)
     peer.forward(features)
-    own = min(_seconds(lambda: run_model(encoder, batches)) for _ in range(rounds))
-    other = min(_seconds(lambda: peer.forward(features)) for _ in range(rounds))
+    own = min(device_seconds(lambda: run_model(encoder, batches)) for _ in range(rounds))
+    other = min(device_seconds(lambda: peer.forward(features)) for _ in range(rounds))
     for way, value in (("flipkd, model alone", own), ("flipkd, model alone, PyTorch's operations", plain),
                        ("sentence-transformers, model alone", other)):  # fmt: skip
         add(way, value, flops=flops)
@@ -286,7 +230,13 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--limit", type=float, default=60.0, help="seconds for a model")
     parser.add_argument("--profile", action="store_true", help="also print where the GPU's time goes")
+    parser.add_argument("--work", type=Path, help="folder in which encoders that are made are kept")
+    parser.add_argument("--prepare", action="store_true", help="make the encoders, measure nothing")
     arguments = parser.parse_args()
+    if arguments.prepare:
+        for name in arguments.models.split(","):
+            print(encoder_folder(name, arguments.work))
+        return 0
     if not torch.cuda.is_available():
         print("No CUDA GPU here, so nothing is measured.")
         report("gpu_encode", [], {}, True)
@@ -295,8 +245,9 @@ def main() -> int:
     ratios: dict[str, float] = {}
     correct = True
     texts = record_texts(arguments.texts)
-    with tempfile.TemporaryDirectory() as work:
-        folders = {name: encoder_folder(name, Path(work)) for name in arguments.models.split(",")}
+    with tempfile.TemporaryDirectory() as scratch:
+        work = arguments.work or Path(scratch)
+        folders = {name: encoder_folder(name, work) for name in arguments.models.split(",")}
         gemm = best_gemm(list(folders.values()))
         for name, folder in folders.items():
             try:
