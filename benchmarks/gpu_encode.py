@@ -41,6 +41,7 @@ from benchmarks.encode import least_cosine, multiplications
 from benchmarks.gpu_encode_peer import DEVICE, Peer, device_seconds
 from flipkd.assets import minilm_folder, smollm2_folder
 from flipkd.demo.icd10 import icd10_inclusions
+from flipkd.errors import FlipkdError
 from flipkd.models.encoder import Encoder, load_encoder
 
 LAYER = 7
@@ -247,7 +248,12 @@ def main() -> int:
     texts = record_texts(arguments.texts)
     with tempfile.TemporaryDirectory() as scratch:
         work = arguments.work or Path(scratch)
-        folders = {name: encoder_folder(name, work) for name in arguments.models.split(",")}
+        folders: dict[str, Path] = {}
+        for name in arguments.models.split(","):
+            try:
+                folders[name] = encoder_folder(name, work)
+            except FlipkdError as error:  # one that cannot be fetched here need not keep the others from running
+                say({"model": name, "left out": str(error)})
         gemm = best_gemm(list(folders.values()))
         for name, folder in folders.items():
             try:
