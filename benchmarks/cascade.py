@@ -1,6 +1,7 @@
 """Does it pay to ask an LLM about the uncertain pairs only? Quality against the share of pairs that it is asked.
 
     python -m benchmarks.cascade [--quick] [--datasets sec_names,icd9] [--encoders minilm,teacher] [--steps N]
+                                 [--device cuda] [--batch-pairs N] [--test-pairs N]
                                  [--work FOLDER] [--results FILE] [--picture FILE.svg]
 
 Per data set (those of ``benchmarks.quality``, same splits) and encoder:
@@ -30,7 +31,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,7 @@ class Settings:
         learning_rate: highest.
         teacher_steps: of the fine-tuned encoder, 64 pairs each.
         dtype: of the LLM, in training and in answering.
+        device: ``cpu`` or ``cuda``, of all models.
         validation_pairs, test_pairs: at most, chosen at random: the LLM reads every one.
         pairs: of each split, at most.
         groups: left records whose candidates show what sharing saves.
@@ -94,6 +96,7 @@ class Settings:
     learning_rate: float = 1e-3
     teacher_steps: int = 400
     dtype: str = "bf16"
+    device: str = "cpu"
     validation_pairs: int = 1000
     test_pairs: int = 3000
     pairs: int | None = None
@@ -188,7 +191,7 @@ class Trial:
                 evaluate_every=max(1, settings.steps // 6),
                 checkpoint_every=max(1, settings.steps // 18),
                 log_every=5,
-                device="cpu",
+                device=settings.device,
                 run=self._run,
             )
         )
@@ -207,7 +210,7 @@ class Trial:
 
     def _score(self, name: str, folder: Path) -> tuple[dict[str, Path], float]:
         """Folders of the calibrated scores, and seconds of those of the test pairs."""
-        encoder = EncoderOptions(self._encoder(name), device="cpu")
+        encoder = EncoderOptions(self._encoder(name), device=self._settings.device)
         raw = str(folder / "raw")
         score(ScoreConfig(str(self._pairs("validation")), raw, encoder=encoder, run=self._run))
         values, labels = _column(Path(raw), "score"), _column(Path(raw), "label")
@@ -230,7 +233,7 @@ class Trial:
         output = folder / f"rescored-{scores.name}-{budget.rstrip('%')}"
         note = output / "seconds.json"
         dtype: Any = self._settings.dtype
-        llm = LlmOptions(str(self._llm), device="cpu", dtype=dtype)
+        llm = LlmOptions(str(self._llm), device=self._settings.device, dtype=dtype)
         started = time.perf_counter()
         done = rescore(RescoreConfig(llm, str(scores), str(output), budget=budget, run=self._run, **how))
         if not note.exists():  # an earlier call of the same benchmark has timed it else
@@ -305,14 +308,25 @@ def main() -> None:
     parser.add_argument("--datasets", type=names_of(DATASETS), help="default: icd9,sec_names; sec_names with --quick")
     parser.add_argument("--encoders", type=names_of(ENCODERS), default=["minilm"])
     parser.add_argument("--steps", type=int, default=Settings.steps, help="of the LLM's training")
+    parser.add_argument("--batch-pairs", type=int, default=Settings.batch_pairs, help="in each step")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=Settings.device)
     parser.add_argument("--pairs", type=int, help="of each split, at most; default: all")
+    parser.add_argument("--test-pairs", type=int, default=Settings.test_pairs, help="at most; validation: a third")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--work", type=Path, default=Path("build") / "cascade", help="models, scores and checkpoints")
     parser.add_argument("--results", type=Path, default=_RESULTS, help="file of the rows")
     parser.add_argument("--picture", type=Path, help="an SVG of F1 over the share")
     arguments = parser.parse_args()
     datasets = arguments.datasets or (["sec_names"] if arguments.quick else ["icd9", "sec_names"])
-    settings = QUICK if arguments.quick else Settings(steps=arguments.steps, pairs=arguments.pairs)
+    settings = Settings(
+        steps=arguments.steps,
+        batch_pairs=arguments.batch_pairs,
+        device=arguments.device,
+        validation_pairs=arguments.test_pairs // 3,
+        test_pairs=arguments.test_pairs,
+        pairs=arguments.pairs,
+    )
+    settings = replace(QUICK, device=arguments.device) if arguments.quick else settings
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch) if arguments.quick else arguments.work.resolve()
         rows = []
@@ -320,7 +334,7 @@ def main() -> None:
             trial = Trial(dataset, settings, work, arguments.threads)
             for encoder in arguments.encoders:
                 rows += trial.rows(encoder)
-    shared, ratios, correct = sharing(settings.groups, settings.rounds, arguments.threads)
+    shared, ratios, correct = sharing(settings.groups, settings.rounds, arguments.threads, arguments.device)
     if not arguments.quick:
         found = {"rows": rows, "sharing": shared, "settings": asdict(settings)}
         arguments.results.parent.mkdir(parents=True, exist_ok=True)

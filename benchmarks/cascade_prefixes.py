@@ -15,13 +15,16 @@ _CANDIDATES = 10
 _MOST_DIFFERENCE = 1e-3
 
 
-def sharing(groups: int, rounds: int, threads: int) -> tuple[list[dict[str, Any]], dict[str, float], bool]:
+def sharing(
+    groups: int, rounds: int, threads: int, device: str = "cpu"
+) -> tuple[list[dict[str, Any]], dict[str, float], bool]:
     """The torch engine with and without shared beginnings: rows, ratios, and whether the answers agree.
 
     Args:
         groups: left records, each with ten candidates.
         rounds: of the comparison; both run in turn, and medians count.
         threads: of the engine.
+        device: of the engine.
     """
     import torch
     import transformers
@@ -29,7 +32,9 @@ def sharing(groups: int, rounds: int, threads: int) -> tuple[list[dict[str, Any]
     from flipkd.models.llm_prompt import TRAINED_PROMPTS, PromptTokenizer, pair_prompt
     from flipkd.models.llm_torch import MAX_TOKENS, TorchEngine
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(str(smollm2_folder()), dtype=torch.float32).eval()
+    model = (
+        transformers.AutoModelForCausalLM.from_pretrained(str(smollm2_folder()), dtype=torch.float32).to(device).eval()
+    )
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(smollm2_folder()))
     pairs = grouped_pairs(groups)
     rows: list[dict[str, Any]] = []
@@ -43,9 +48,9 @@ def sharing(groups: int, rounds: int, threads: int) -> tuple[list[dict[str, Any]
             name: TorchEngine(
                 model,
                 prompt,
-                device=torch.device("cpu"),
+                device=torch.device(device),
                 threads=threads,
-                max_tokens=MAX_TOKENS["cpu"],
+                max_tokens=MAX_TOKENS[device],
                 share_prefixes=name == "shared",
             )
             for name in ("shared", "apart")

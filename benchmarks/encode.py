@@ -185,28 +185,29 @@ def measure(
 
 def quality_by_dtype(work: Path) -> tuple[list[dict[str, Any]], float]:
     """F1 of trained encoders in each arithmetic, and the most points that int8 loses against bf16."""
-    from benchmarks.quality_sets import DATASETS
+    from benchmarks.quality_sets import read_pairs
     from flipkd.demo.evaluation import quality
     from flipkd.models.encoder import load_encoder
     from flipkd.models.export import export
 
     rows: list[dict[str, Any]] = []
     lost = []
-    for trial in sorted(work.glob("*-seed-*")):
-        splits = DATASETS[trial.name.partition("-seed-")[0]].splits()
+    for trial in sorted(work.glob("*-labels-1-seed-*")):
+        dataset = trial.name.partition("-labels-")[0]
+        validation, test = (read_pairs(work / "pairs" / dataset / f"{name}.parquet") for name in ("validation", "test"))
         with tempfile.TemporaryDirectory() as folder:
             export(str(trial / "runs" / "flip"), f"{folder}/student")
-            for name, path in (("teacher", trial / "teacher"), ("flip", Path(folder) / "student")):
+            for name, path in (("teacher", trial / "teacher-encoder"), ("flip", Path(folder) / "student")):
                 found: Mapping[str, float] = {}
                 for dtype in LEAST_COSINE:
                     encoder = load_encoder(path, dtype=dtype)
                     scores = [
                         (encoder.encode(list(pairs.left_text)) * encoder.encode(list(pairs.right_text))).sum(1)
-                        for pairs in (splits.validation, splits.test)
+                        for pairs in (validation, test)
                     ]
-                    result = quality(splits.validation.label, scores[0], splits.test.label, scores[1])
+                    result = quality(validation.label, scores[0], test.label, scores[1])
                     found = {**found, dtype: result.f1}
-                    rows.append({"model": f"{trial.name.partition('-seed-')[0]} {name}", "encoder": f"flipkd {dtype}",
+                    rows.append({"model": f"{dataset} {name}", "encoder": f"flipkd {dtype}",
                                  "F1": f"{result.f1:.4f}", "AUC": f"{result.auc:.4f}"})  # fmt: skip
                 lost.append(100 * (found["bf16"] - found["int8"]))
     return rows, max(lost)

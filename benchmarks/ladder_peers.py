@@ -96,7 +96,7 @@ def ray_data(records: pa.Table, pairs: pa.Table, dtype: str) -> Vectors:
 
     cores = len(os.sched_getaffinity(0))
     # One more than there are: the actors hold a core each for the whole job, and reading the blocks needs one too.
-    ray.init(num_cpus=cores + 1, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    ray.init("local", num_cpus=cores + 1, include_dashboard=False, log_to_driver=False, configure_logging=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
     encoded = ray.data.from_arrow(records).repartition(4 * cores).map_batches(
         EncodeActor, fn_constructor_args=(dtype,), batch_size=512, concurrency=cores, num_cpus=1

@@ -16,9 +16,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.parquet as pq
 
 from flipkd.assets import icd9_descriptions
 from flipkd.demo.banks import bank_pairs
@@ -94,6 +96,21 @@ def with_nearest(pairs: PairSet, encode: Encode) -> PairSet:
             right = right_ids[place]
             found.append((left, right, lefts[left], rights[right], 0, groups[left]))
     return pair_set([*_rows(pairs), *found])
+
+
+def some_groups(pairs: PairSet, share: float) -> PairSet:
+    """The pairs of some groups; a smaller share is part of a larger one."""
+    groups = sorted(set(pairs.group))
+    order = np.random.default_rng(0).permutation(len(groups))
+    chosen = {groups[place] for place in order[: max(1, round(share * len(groups)))]}
+    return pairs if share >= 1 else pairs.take([row for row, group in enumerate(pairs.group) if group in chosen])
+
+
+def read_pairs(path: Path) -> PairSet:
+    """What ``write_pairs`` wrote; it leaves out ids, so texts stand in their place."""
+    columns = pq.read_table(path).to_pydict()
+    left, right = tuple(columns["left_text"]), tuple(columns["right_text"])
+    return PairSet(left, right, left, right, np.array(columns["label"], np.int8), tuple(columns["group"]))
 
 
 def unlabelled_pairs(texts: Sequence[str], splits: PairSplits, encode: Encode, seed: int) -> PairSet:

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from filelock import FileLock
 
-from benchmarks.quality_sets import DATASETS, Encode, unlabelled_pairs, with_nearest
+from benchmarks.quality_methods import STUDENTS, TEACHERS, Student
+from benchmarks.quality_sets import DATASETS, Encode, read_pairs, some_groups, unlabelled_pairs, with_nearest
+from benchmarks.quality_teachers import fine_tune_cross_encoder
 from flipkd import teach
 from flipkd.assets import minilm_folder, smollm2_folder
 from flipkd.config import EncoderOptions, RunOptions, TeachConfig
 from flipkd.demo.evaluation import quality, string_similarity
 from flipkd.demo.pair_sets import PairSet, PairSplits, write_pairs
 from flipkd.demo.teacher import FineTuning, fine_tune_teacher
-from flipkd.distill.config import LossOptions, TrainConfig
+from flipkd.distill.config import TrainConfig
 from flipkd.models.options import StudentOptions
 
 Scores = npt.NDArray[Any]
@@ -36,6 +39,7 @@ class Settings:
         batch_pairs: pairs in a step, of teacher and students.
         layer: k; None for the default.
         dtype: what the students' blocks compute in.
+        device: ``cpu`` or ``cuda``.
         pairs: of each split, the first ones; None for all.
         negatives: which ones the data sets hold; to be changed when they change.
     """
@@ -45,42 +49,9 @@ class Settings:
     batch_pairs: int = 64
     layer: int | None = None
     dtype: str = "float32"
+    device: str = "cpu"
     pairs: int | None = None
     negatives: str = "siblings or similar names, and nearest neighbours"
-
-
-@dataclass(frozen=True)
-class Student:
-    """How a student is trained.
-
-    Args:
-        loss: what is minimised.
-        unlabelled: whether unlabelled pairs stand beside the labelled ones in every batch.
-        answers: whether the decoder's answer is the score, in place of the encoder's cosine.
-        run: the training it shares with another row; None for its own.
-    """
-
-    loss: LossOptions = field(default_factory=LossOptions)
-    unlabelled: bool = False
-    answers: bool = False
-    run: str | None = None
-
-
-_WITH_LM = LossOptions(weight_lm=0.1)
-STUDENTS = {
-    "lm": Student(LossOptions(objective="lm"), answers=True),
-    "cosent": Student(LossOptions(objective="cosent")),
-    "margin_mse": Student(LossOptions(objective="margin_mse")),
-    "kl": Student(LossOptions(objective="kl")),
-    "flip": Student(),
-    "flip_without_mcl": Student(LossOptions(weight_mcl=0.0)),
-    "flip_without_dist": Student(LossOptions(weight_pairs=0.0, weight_matrix=0.0)),
-    "flip_without_filter": Student(LossOptions(positive_threshold=-np.inf, negative_threshold=np.inf)),
-    "flip_unlabelled": Student(unlabelled=True),
-    "flip_lm": Student(_WITH_LM),
-    "flip_decoder": Student(_WITH_LM, answers=True, run="flip_lm"),
-}
-METHODS = ("token_set_ratio", "minilm", "teacher", "untrained", *STUDENTS)
 
 
 @dataclass(frozen=True)
@@ -100,31 +71,41 @@ class Method:
 
 
 class Trial:
-    """What several methods need is made once.
+    """What several methods need is made once, on disk too: several processes may work on one trial.
 
     Args:
         dataset: a name of ``DATASETS``.
         seed: of the trainings.
         settings: of the trainings.
         work: folder for models and scores.
+        labels: share of the groups of the training split whose labels are known.
+        threads: CPU threads; None for all.
     """
 
-    def __init__(self, dataset: str, seed: int, settings: Settings, work: Path) -> None:
-        self._data, self._seed, self._settings = DATASETS[dataset], seed, settings
+    def __init__(
+        self, dataset: str, seed: int, settings: Settings, work: Path, labels: float = 1.0, threads: int | None = None
+    ) -> None:
+        self._data, self._seed, self._settings, self._labels = DATASETS[dataset], seed, settings, labels
         self._trained_on = self._data.trained_on or dataset
-        steps = f"{settings.teacher_steps}-{settings.steps}-{settings.dtype}"
-        self._work = work / f"{self._trained_on}-seed-{seed}-steps-{steps}"
-        self._run = RunOptions(progress=True)
+        self._root, self._sets = work, work / "pairs"
+        self._splits_of = dataset
+        steps = f"{settings.teacher_steps}-{settings.steps}-{settings.dtype}-{settings.device}"
+        self._work = work / f"{self._trained_on}-labels-{labels:g}-seed-{seed}-steps-{steps}"
+        self._run = RunOptions(progress=threads is None, threads=threads)
 
-    def row(self, method: str) -> dict[str, Any]:
-        """``f1, auc, ap, seconds, steps, texts_per_second, parameters`` of a method."""
+    def row(self, method: str, split: str = "test") -> dict[str, Any]:
+        """``f1, auc, ap, seconds, steps, texts_per_second, parameters`` of a method.
+
+        On the validation split the threshold is chosen on the pairs that it is tried on.
+        """
         ready, splits = self._prepared(method), self._splits
+        tried = getattr(splits, split)
         validation = ready.score(splits.validation)
         started = time.perf_counter()
-        test = ready.score(splits.test)
+        scores = ready.score(tried)
         seconds = time.perf_counter() - started
-        found = quality(splits.validation.label, validation, splits.test.label, test)
-        texts = len({*splits.test.left_text, *splits.test.right_text})
+        found = quality(splits.validation.label, validation, tried.label, scores)
+        texts = len({*tried.left_text, *tried.right_text})
         return {
             **{name: round(getattr(found, name), 5) for name in ("f1", "auc", "ap")},
             "seconds": round(ready.seconds + seconds, 2),
@@ -133,30 +114,59 @@ class Trial:
             "parameters": ready.parameters,
         }
 
+    def prepare(self, unlabelled: bool = False) -> None:
+        """Makes the pairs of the data set, as far as they are not there; no model is trained."""
+        _ = self._splits, self._training
+        if unlabelled:
+            self._unlabelled_pairs()
+
     @cached_property
     def _splits(self) -> PairSplits:
-        """With nearest neighbours among the negatives."""
-        encode = _encoder(minilm_folder())
-        splits, count = self._data.splits(), self._settings.pairs
-        if count is not None:
-            splits = PairSplits(*(some_pairs(each, count) for each in _each(splits)))
-        return PairSplits(*(with_nearest(each, encode) for each in _each(splits)))
+        return self._read_splits(self._splits_of)
 
     @cached_property
     def _training(self) -> PairSplits:
-        """Those that the models learned from: the data set's own, unless it is tested out of domain."""
-        if self._data.trained_on is None:
-            return self._splits
-        return Trial(self._trained_on, self._seed, self._settings, self._work.parent)._splits
+        """Those that the models learn from: the data set's own, unless it is tested out of domain."""
+        splits = self._splits if self._data.trained_on is None else self._read_splits(self._trained_on)
+        return replace(splits, train=some_groups(splits.train, self._labels))
+
+    def _read_splits(self, dataset: str) -> PairSplits:
+        """With nearest neighbours among the negatives."""
+        folder, count = self._sets / dataset, self._settings.pairs
+        names = ("train", "validation", "test")
+        with FileLock(_beside(folder)):
+            if not (folder / "test.parquet").exists():
+                splits, encode = DATASETS[dataset].splits(), self._minilm()
+                for name in names:
+                    part = getattr(splits, name)
+                    part = part if count is None else some_pairs(part, count)
+                    write_pairs(with_nearest(part, encode), folder / f"{name}.parquet")
+        return PairSplits(*(read_pairs(folder / f"{name}.parquet") for name in names))
+
+    def _unlabelled_pairs(self) -> Path:
+        """One choice for all seeds; the texts of all training pairs are among them, whoever knows their labels."""
+        folder = self._sets / f"{self._trained_on}-unlabelled"
+        path = folder / "part-0.parquet"
+        with FileLock(_beside(folder)):
+            if not path.exists():
+                texts, splits = DATASETS[self._trained_on].unlabelled_texts(), self._read_splits(self._trained_on)
+                pairs = unlabelled_pairs(texts, splits, self._minilm(), seed=0)
+                write_pairs(pairs if self._settings.pairs is None else pairs.first(self._settings.pairs), path)
+        return folder
+
+    def _minilm(self) -> Encode:
+        return _encoder(minilm_folder(), self._settings.device)
 
     def _prepared(self, method: str) -> Method:
         if method == "token_set_ratio":
             return Method(string_similarity)
         if method == "minilm":
             return self._small(minilm_folder())
-        if method == "teacher":
-            seconds = self._teacher()["seconds"]
-            return replace(self._small(self._work / "teacher"), steps=self._settings.teacher_steps, seconds=seconds)
+        if method in TEACHERS:
+            kind = "encoder" if method == "teacher" else method.split("_")[0]
+            folder, seconds = self._teacher(kind)
+            ready = self._cross(folder) if kind == "cross" else self._small(folder)
+            return replace(ready, seconds=seconds, steps=self._settings.teacher_steps)
         from flipkd.models.adapter import load_student
 
         if method == "untrained":
@@ -164,82 +174,101 @@ class Trial:
             return Method(_cosines(student.encode), parameters=parameters_run(student))
         wanted = STUDENTS[method]
         summary = self._train(wanted.run or method, wanted)
-        trained: dict[str, Any] = {"steps": self._settings.steps, "seconds": summary["seconds"]}
-        student = load_student(Path(summary["output"]) / "adapter")
+        trained: dict[str, Any] = {"steps": summary["steps"], "seconds": summary["seconds"]}
+        student = load_student(Path(summary["output"]) / "adapter", device=self._settings.device)
         if wanted.answers:
-            return Method(_answers(summary["output"]), parameters=_block_parameters(student), **trained)
+            score = _answers(summary["output"], self._settings.device)
+            return Method(score, parameters=_block_parameters(student), **trained)
         return Method(_cosines(student.encode), parameters=parameters_run(student), **trained)
 
-    def _small(self, folder: Path) -> Method:
-        from flipkd.models.encoder import load_encoder
+    def _cross(self, folder: Path) -> Method:
+        from flipkd.models.cross_encoder import load_cross_encoder
 
-        return Method(_cosines(load_encoder(folder).encode), parameters=_saved_parameters(folder))
+        model = load_cross_encoder(folder, device=self._settings.device)
+
+        def score(pairs: PairSet) -> Scores:
+            return model.score_pairs(pairs.left_text, pairs.right_text).scores
+
+        return Method(score, parameters=_saved_parameters(folder))
+
+    def _small(self, folder: Path) -> Method:
+        return Method(_cosines(_encoder(folder, self._settings.device)), parameters=_saved_parameters(folder))
 
     def _untrained(self) -> Any:
         from flipkd.distill.gradients import Workers
         from flipkd.distill.start import whiten_projection
         from flipkd.models.adapter import new_student
 
-        student = new_student(self._student(), seed=self._seed)
+        student = new_student(self._student(), self._settings.device, self._seed)
         train = self._training.train
         ids = student.tokenize(list(dict.fromkeys([*train.left_text, *train.right_text]))).ids
         whiten_projection(student, ids, Workers(), TrainConfig.max_tokens, self._seed)
         return student
 
-    def _student(self, whole_tower: bool = False) -> StudentOptions:
-        settings: Any = self._settings
-        return StudentOptions(
-            str(smollm2_folder()), layer=settings.layer, dtype=settings.dtype, whole_tower=whole_tower
-        )
+    def _student(self, **changed: Any) -> StudentOptions:
+        values = {"layer": self._settings.layer, "dtype": self._settings.dtype, **changed}
+        return StudentOptions(str(smollm2_folder()), **values)
 
-    def _pairs(self) -> Path:
-        folder = self._work / "pairs"
-        for name in ("train", "validation"):
-            write_pairs(getattr(self._training, name), folder / name / "part-0.parquet")
-        return folder
-
-    def _unlabelled(self) -> Path:
-        """Scored by the teacher."""
-        data = DATASETS[self._trained_on]
-        pairs = unlabelled_pairs(data.unlabelled_texts(), self._training, _encoder(minilm_folder()), self._seed)
-        path = self._work / "pairs" / "unlabelled" / "part-0.parquet"
-        write_pairs(pairs if self._settings.pairs is None else pairs.first(self._settings.pairs), path)
-        return self._teach("unlabelled")
-
-    def _teacher(self) -> dict[str, Any]:
+    def _teacher(self, kind: str = "encoder") -> tuple[Path, float]:
+        """Folder of a fine-tuned teacher, and seconds of its training."""
         settings = self._settings
+        if kind == "weak":
+            few = Trial(self._trained_on, self._seed, settings, self._root, 0.1 * self._labels, self._run.threads)
+            return few._teacher()
         options = FineTuning(steps=settings.teacher_steps, batch_size=settings.batch_pairs, seed=self._seed)
-        pairs = self._pairs() / "train"
-        return fine_tune_teacher(minilm_folder(), pairs, self._work / "teacher", options, progress=True)
+        output = self._work / f"teacher-{kind}"
+        with FileLock(_beside(self._work / "pairs")):
+            for name in ("train", "validation"):
+                write_pairs(getattr(self._training, name), self._work / "pairs" / name / "part-0.parquet")
+        pairs = self._work / "pairs" / "train"
+        with FileLock(_beside(output)):
+            if kind == "cross":
+                found = fine_tune_cross_encoder(minilm_folder(), pairs, output, options)
+            else:
+                found = fine_tune_teacher(minilm_folder(), pairs, output, options, progress=self._run.progress)
+        return output, found["seconds"]
 
-    def _teach(self, name: str) -> Path:
-        self._teacher()
-        teacher, output = EncoderOptions(str(self._work / "teacher")), self._work / "teacher_scores" / name
-        teach(TeachConfig(teacher, str(self._work / "pairs" / name), str(output), run=self._run))
+    def _teach(self, pairs: Path, kind: str) -> Path:
+        """The teacher's scores of some pairs, and its vectors if it has any."""
+        teacher = EncoderOptions(str(self._teacher(kind)[0]), device=self._settings.device)
+        output = self._work / f"teacher-{kind}-scores" / pairs.name
+        with FileLock(_beside(output)):
+            teach(TeachConfig(teacher, str(pairs), str(output), run=self._run))
         return output
 
     def _train(self, run: str, student: Student) -> dict[str, Any]:
         from flipkd.distill.train import train
 
-        steps = self._settings.steps
-        return train(
-            TrainConfig(
-                pairs=str(self._teach("train")),
-                validation=str(self._teach("validation")),
-                unlabelled=str(self._unlabelled()) if student.unlabelled else None,
-                output=str(self._work / "runs" / run),
-                student=self._student(student.loss.trains_language_model),
-                loss=student.loss,
-                steps=steps,
-                batch_pairs=self._settings.batch_pairs,
-                unlabelled_batch_pairs=self._settings.batch_pairs,
-                evaluate_every=max(1, steps // 6),
-                checkpoint_every=max(1, steps // 12),
-                seed=self._seed,
-                device="cpu",
-                run=self._run,
-            )
+        settings, pairs = self._settings, self._work / "pairs"
+        unlabelled = str(self._teach(self._unlabelled_pairs(), student.teacher)) if student.unlabelled else None
+        values = {
+            "steps": settings.steps,
+            "batch_pairs": settings.batch_pairs,
+            "unlabelled_batch_pairs": settings.batch_pairs,
+            **student.train,
+        }
+        config = TrainConfig(
+            pairs=str(self._teach(pairs / "train", student.teacher)),
+            validation=str(self._teach(pairs / "validation", student.teacher)),
+            unlabelled=unlabelled,
+            output=str(self._work / "runs" / run),
+            student=self._student(whole_tower=student.loss.trains_language_model, **student.student),
+            loss=student.loss,
+            evaluate_every=max(1, values["steps"] // 6),
+            checkpoint_every=values["steps"],
+            seed=self._seed,
+            device=settings.device,
+            run=self._run,
+            **values,
         )
+        with FileLock(_beside(Path(config.output))):
+            return train(config)
+
+
+def _beside(path: Path) -> Path:
+    """The lock of what is made at ``path``."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return path.with_name(f".{path.name}.making")
 
 
 def parameters_run(student: Any) -> int:
@@ -262,19 +291,15 @@ def _saved_parameters(folder: Path) -> int:
         return sum(int(np.prod(file.get_slice(name).get_shape())) for name in names)
 
 
-def _each(splits: PairSplits) -> tuple[PairSet, PairSet, PairSet]:
-    return splits.train, splits.validation, splits.test
-
-
 def some_pairs(pairs: PairSet, count: int) -> PairSet:
     """Some pairs of both classes, whatever their order."""
     return pairs.take(np.random.default_rng(0).permutation(len(pairs))[:count])
 
 
-def _encoder(folder: Path) -> Encode:
+def _encoder(folder: Path, device: str) -> Encode:
     from flipkd.models.encoder import load_encoder
 
-    return load_encoder(folder).encode
+    return load_encoder(folder, device=device).encode
 
 
 def _cosines(encode: Encode) -> Score:
@@ -290,12 +315,12 @@ def _cosines(encode: Encode) -> Score:
     return score
 
 
-def _answers(run: str) -> Score:
+def _answers(run: str, device: str) -> Score:
     """Scores pairs by the decoder's P(match)."""
     from flipkd.models.llm import load_llm
     from flipkd.models.llm_options import LlmOptions
 
-    llm = load_llm(LlmOptions(run, device="cpu"))
+    llm = load_llm(LlmOptions(run, device=device))
 
     def score(pairs: PairSet) -> Scores:
         return llm.score_pairs(list(pairs.left_text), list(pairs.right_text)).probabilities

@@ -172,13 +172,22 @@ def say(message: str, level: int = logging.ERROR) -> None:
 
 def report_job(manifest: dict[str, Any], output: str, as_json: bool) -> None:
     """Prints a finished job; a partial one ends with exit code 3."""
+    missing = manifest["reasons"].get("missing_record", 0)
+    if missing * 2 > manifest["rows_in"]:
+        say(
+            f"warning: {missing} of {manifest['rows_in']} pairs name a record that is not in the tables; was "
+            "--right-records forgotten, or do the ids come from another table?",
+            logging.WARNING,
+        )
     if as_json:
         print_values(manifest, as_json)
     else:
         reasons = "".join(f", {count} {reason}" for reason, count in manifest["reasons"].items())
+        rate = manifest["rows_per_second"]
+        speed = f"{rate:.0f} rows/s" if rate else "nothing was left to do"
         click.echo(
-            f"{manifest['kind']}: {manifest['rows_in']} rows in, {manifest['rows_out']} out{reasons}; "
-            f"{manifest['rows_per_second']:.0f} rows/s; in {output}"
+            f"{manifest['kind']}: {manifest['rows_in']} rows in, {manifest['rows_out']} out{reasons}; {speed}; "
+            f"in {output}"
         )
     if not manifest["complete"]:
         # A stage has read other files (records), or the same ones: each is counted once.

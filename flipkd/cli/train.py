@@ -60,6 +60,7 @@ _CHOICES = {
     "dtype": (("float32", "bf16"), "What the blocks compute in."),
     "projection": (("q", "k", "v"), "Whose A of layer k is read."),
     "pooling": (("mean", "last"), "Over a text's tokens."),
+    "attention": (("causal", "full"), "Of blocks that encode; full: a token sees those after it too."),
     "start": (("whitened", "random"), "Where A of layer k starts."),
     "objective": (OBJECTIVES, "What is minimised; all but flip are for comparison."),
 }

@@ -11,8 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from flipkd.data.location import Location
-from flipkd.data.records import render_texts, template_fields
+from flipkd.data.records import render_texts
 from flipkd.data.shards import Shard, ShardReader
+from flipkd.data.template import template_fields
 from flipkd.errors import ConfigError, ConflictingRecordsError, InputError
 from flipkd.vectors.id_types import check_id_type, plain
 

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from flipkd.data.template import template_fields
 from flipkd.errors import ConfigError
 
 DIGEST_BYTES = 16
@@ -34,30 +35,6 @@ class Texts:
     invalid: npt.NDArray[np.bool_]
 
 
-def template_fields(template: str) -> list[str]:
-    """The column names in a template such as ``{name} | {address}``, in order, each once.
-
-    Raises:
-        ConfigError: the template does not parse, names no column, or asks for more than a plain column (attributes,
-            indexing, conversions and format specifications are refused, so a template can reach nothing but columns).
-    """
-    try:
-        parts = list(string.Formatter().parse(template))
-    except ValueError as error:
-        raise ConfigError(f"--template {template!r} does not parse: {error}") from error
-    fields: list[str] = []
-    for _, field, specification, conversion in parts:
-        if field is None:
-            continue
-        if not field or specification or conversion or any(mark in field for mark in ".[]"):
-            raise ConfigError(f"--template {template!r}: write a plain column name in the braces, as in '{{name}}'")
-        if field not in fields:
-            fields.append(field)
-    if not fields:
-        raise ConfigError(f"--template {template!r} names no column; write one in braces, as in '{{name}}'")
-    return fields
-
-
 def render_texts(table: pa.Table, template: str) -> Texts:
     """Fills the template for every row and normalises.
 
@@ -65,7 +42,7 @@ def render_texts(table: pa.Table, template: str) -> Texts:
 
     Args:
         table: the columns that the template names, [N] rows.
-        template: see ``template_fields``; ``{text}`` alone is the plain text column.
+        template: see ``flipkd.data.template.template_fields``; ``{text}`` alone is the plain text column.
     """
     fields = template_fields(template)
     columns, invalid = {}, np.zeros(table.num_rows, np.bool_)

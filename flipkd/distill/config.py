@@ -159,4 +159,6 @@ class TrainConfig:
         if not self.loss.trains_language_model or self.student.prompt_version == 1:
             # Not asked, or what all runs asked before there were versions: such a run is still the same one.
             del values["student"]["prompt_version"]
+        if self.student.attention == "causal":  # likewise
+            del values["student"]["attention"]
         return values

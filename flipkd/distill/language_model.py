@@ -24,9 +24,7 @@ def answer_logits(student: Student, prompts: Sequence[Sequence[int]]) -> Tensor:
     """Logits of the token after each prompt, float32 [P, vocabulary]. Runs the whole tower."""
     packed = pack(prompts, student.device)
     with student.autocast():
-        states = student.decoder(
-            input_ids=packed.ids, position_ids=packed.positions, use_cache=False, groups=packed.groups
-        ).last_hidden_state
+        states = student.decoder(**packed.arguments).last_hidden_state
         head = student.model.get_base_model().lm_head
         logits: Tensor = head(pool_texts(states, packed, "last").to(head.weight.dtype)).float()
     return logits

@@ -123,6 +123,11 @@ def _check(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> Non
         check_starts(cu_seqlens, len(query))
 
 
+def takes_flash(query: Tensor) -> bool:
+    """Whether ``packed_attention`` runs a flash kernel for this query, and not text length by text length."""
+    return _flash(query) is not None
+
+
 def _flash(query: Tensor) -> str | None:
     """Which flash kernel takes this query: "torch", "flash_attn" or None."""
     if query.device.type != "cuda" or query.dtype not in _HALF or query.shape[2] > _MAX_FLASH_WIDTH:

@@ -207,6 +207,14 @@ def _load_base(options: StudentOptions, attention: str = ATTENTION) -> tuple[Any
         layer = options.layer if options.layer is not None else max(1, round(depth / 4))
         if layer >= depth:
             raise ConfigError(f"--layer {layer}: the base has {depth} blocks; choose at most {depth - 1}")
+        windows = getattr(config, "sliding_window", None) is not None or "sliding_attention" in (
+            getattr(config, "layer_types", None) or ()
+        )
+        if options.attention == "full" and (windows or config.model_type.startswith("gemma")):
+            raise ConfigError(
+                f"--attention full: {path} is a {config.model_type} model with attention in windows or soft caps; "
+                "full attention is there for Llama, Qwen2 and Qwen3 models without them"
+            )
         if not options.whole_tower:
             config = cut_config(config, layer + 1)  # blocks above are not even read
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(path), **remote)

@@ -85,8 +85,9 @@ class Decoder:
         key_heads = int(config.get("num_key_value_heads") or heads)
         width = int(config.get("head_dim") or self.width // heads)
         self._theta = _rope_theta(config)
+        causal = config.get("is_causal") is not False
         self._tables: list[tuple[Tensor, Tensor]] = []
-        self._heads = self._reaching(512, Heads(heads, key_heads, width, causal=True))
+        self._heads = self._reaching(512, Heads(heads, key_heads, width, causal=causal))
 
     def fits(self, config: dict[str, Any]) -> bool:
         """Whether the weights have the shapes that the config promises."""

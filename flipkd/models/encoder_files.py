@@ -72,6 +72,8 @@ def write_transformer(student: Student, folder: Path) -> None:
         raise ModelError(f"{kind.__name__} is code of the base's own; only classes of transformers can be exported")
     config = cut_config(student.decoder.config, student.layer)
     config.architectures, config.dtype = [kind.__name__], torch.float32
+    if student.options.attention == "full":
+        config.is_causal = False
     config.save_pretrained(str(folder))
     values = json.loads((folder / "config.json").read_text())
     for key in ("_name_or_path", "_attn_implementation", "auto_map"):

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from flipkd.data.records import template_fields
+from flipkd.data.template import template_fields
 from flipkd.errors import ConfigError, ModelError
 from flipkd.models.settings import (
     TRANSFORMER_CONFIGS,
@@ -203,6 +203,15 @@ def read_folder(folder: str | Path) -> ModelFolder:
     path = find_folder(folder)
     with known_form(path):
         return _read_folder(path)
+
+
+def vector_size(folder: ModelFolder) -> int | None:
+    """Numbers in a vector, by the configuration alone; None where that does not say."""
+    sizes = [step.out_features for step in folder.steps if isinstance(step, DenseSettings)]
+    if not sizes:
+        width = read_json(folder.transformer_path / "config.json").get("hidden_size")
+        sizes = [width * len(folder.pooling_modes)] if isinstance(width, int) else []
+    return min(sizes[-1], folder.truncate_dim or sizes[-1]) if sizes else None
 
 
 def _read_folder(path: Path) -> ModelFolder:

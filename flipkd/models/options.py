@@ -10,7 +10,12 @@ from flipkd.errors import ConfigError
 
 PROMPT_VERSIONS = (1, 2)
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-_KNOWN = {"projection": ("q", "k", "v"), "pooling": ("mean", "last"), "dtype": ("float32", "bf16")}
+_KNOWN = {
+    "projection": ("q", "k", "v"),
+    "pooling": ("mean", "last"),
+    "attention": ("causal", "full"),
+    "dtype": ("float32", "bf16"),
+}
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,10 @@ class StudentOptions:
         target_modules: linear layers of blocks 0..k-1 that have LoRA.
         projection: whose A is read at layer k: ``q``, ``k`` or ``v``.
         pooling: over a text's tokens, ``mean`` or ``last``.
+        attention: of the blocks where they encode: ``causal``, as the base was trained, or ``full``: a token sees the
+            tokens after it too. Where the model answers, it is always causal. Full attention is there for bases
+            without sliding windows; the exported folder says ``is_causal: false``, which transformers 5, vLLM and
+            flipkd heed.
         max_length: most tokens per text.
         dtype: what the blocks compute in; LoRA's weights, pooling and the projection are float32.
         whole_tower: load all blocks, with LoRA in each, so that the language model's loss can be trained too.
@@ -43,6 +52,7 @@ class StudentOptions:
     target_modules: tuple[str, ...] = LINEAR_LAYERS
     projection: Literal["q", "k", "v"] = "q"
     pooling: Literal["mean", "last"] = "mean"
+    attention: Literal["causal", "full"] = "causal"
     max_length: int = 128
     dtype: Literal["float32", "bf16"] = "float32"
     whole_tower: bool = False
@@ -71,8 +81,10 @@ class StudentOptions:
 def saved_options(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of ``StudentOptions`` from a ``student.json``; before prompts had versions, all asked the first one.
 
+    Likewise all attention was causal before there was another one.
+
     Raises:
         KeyError: the file holds no options.
     """
-    options = {"prompt_version": 1, **facts["options"]}
+    options = {"prompt_version": 1, "attention": "causal", **facts["options"]}
     return {**options, "target_modules": tuple(options["target_modules"])}

@@ -1,8 +1,9 @@
 """Decoder blocks over texts packed end to end, so that nothing is padded whatever lengths a batch holds.
 
 All tokens of a batch form one row: linear layers, norms and activations, which are most of the work of a short text,
-run over all of them at once. Only attention needs to know where a text ends; it runs once per text length. Texts are
-sorted by length first, so texts of one length lie side by side and a view of the row is their batch.
+run over all of them at once. Only attention needs to know where a text ends. On a GPU in bf16 it is one flash kernel,
+forwards and backwards; elsewhere it runs once per text length: texts are sorted by length first, so texts of one length
+lie side by side and a view of the row is their batch.
 
 transformers calls the attention function that a model's config names and hands it whatever keyword arguments the
 model was called with. So this works for every decoder of the library that goes through that interface, without a line
@@ -15,11 +16,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from flipkd.kernels.packed_attention import runs
+from flipkd.kernels.packed_attention import packed_attention, runs, takes_flash
 from flipkd.models.pooling import pool_packed
 
 ATTENTION = "flipkd_packed"
@@ -35,13 +37,26 @@ class PackedTexts:
         ids: int64 [1, T], shortest text first.
         positions: int64 [1, T]; each text starts at 0.
         groups: (texts, tokens of each) per length, in the order of ``ids``; texts without tokens are in none.
+        starts: int32 [texts with tokens + 1]; where each of them starts, and T.
         order: int64 [N]; place in the input of each text in the order of ``ids``, texts without tokens first.
     """
 
     ids: Tensor
     positions: Tensor
     groups: Groups
+    starts: Tensor
     order: Tensor
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What a decoder's ``forward`` is called with."""
+        return {
+            "input_ids": self.ids,
+            "position_ids": self.positions,
+            "use_cache": False,
+            "groups": self.groups,
+            "starts": self.starts,
+        }
 
 
 def pack(ids: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> PackedTexts:
@@ -50,11 +65,13 @@ def pack(ids: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> Pa
     lengths = [len(ids[place]) for place in order]
     groups = runs(lengths)
     row = [number for place in order for number in ids[place]]
+    starts = np.cumsum([0, *(length for length in lengths if length)], dtype=np.int32)
     positions = [torch.arange(length).repeat(count) for count, length in groups]
     return PackedTexts(
         torch.tensor([row], dtype=torch.int64, device=device),
         (torch.cat(positions) if positions else torch.empty(0, dtype=torch.int64))[None].to(device),
         groups,
+        torch.from_numpy(starts).to(device),
         torch.tensor(order, dtype=torch.int64, device=device),
     )
 
@@ -69,9 +86,21 @@ def pool_texts(states: Tensor, packed: PackedTexts, pooling: str) -> Tensor:
     """
     without = len(packed.order) - sum(count for count, _ in packed.groups)
     pooled = [states.new_zeros(without, states.shape[-1]).float()]
-    if packed.groups:
+    if packed.groups and states.device.type == "cuda":
+        pooled.append(pool_by_place(states[0], packed.starts, pooling))
+    elif packed.groups:
         pooled.append(pool_packed(states[0], packed.groups, ("lasttoken" if pooling == "last" else "mean",)))
     return torch.cat(pooled)[packed.order.argsort()]
+
+
+def pool_by_place(states: Tensor, starts: Tensor, pooling: str) -> Tensor:
+    """The same in a few launches, however many lengths there are; the order of a sum may change its last bits."""
+    if pooling == "last":
+        return states[starts[1:].long() - 1].float()
+    lengths = starts.diff().long()
+    text_of = torch.repeat_interleave(lengths, output_size=len(states))
+    sums = states.new_zeros(len(lengths), states.shape[-1], dtype=torch.float32).index_add(0, text_of, states.float())
+    return sums / lengths[:, None]
 
 
 def attention_for_transformers(
@@ -82,13 +111,15 @@ def attention_for_transformers(
     attention_mask: Tensor | None,
     *,
     groups: Groups,
+    starts: Tensor | None = None,
+    is_causal: bool | None = None,
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each text, in the signature of transformers' attention interface.
+    """Attention within each text, in the signature of transformers' attention interface.
 
     Args:
         module: the attention layer.
@@ -96,7 +127,8 @@ def attention_for_transformers(
         key: [1, key heads, T, head width]; heads is a multiple of key heads.
         value: like ``key``.
         attention_mask: None; a packed row needs none.
-        groups: see ``PackedTexts``.
+        groups, starts: see ``PackedTexts``; without ``starts`` no flash kernel is used.
+        is_causal: False where a token sees those after it too; only without ``sliding_window`` and ``softcap``.
         dropout: of attention weights.
         scaling: of the products.
         sliding_window: a token sees itself and at most this many minus one before it (Mistral, Gemma).
@@ -107,6 +139,14 @@ def attention_for_transformers(
     """
     if attention_mask is not None:
         raise ValueError("packed texts take no attention mask")
+    causal = is_causal is not False
+    if not causal and (sliding_window is not None or softcap is not None):
+        raise ValueError("full attention is there for models without sliding windows and soft caps")
+    longest = max(length for _, length in groups)
+    is_plain = not dropout and softcap is None and (sliding_window is None or longest <= sliding_window)
+    if starts is not None and is_plain and takes_flash(query):
+        q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))  # [T, heads, head width], views
+        return packed_attention(q, k, v, starts, longest, causal=causal, scale=scaling)[None], None
     repeats = query.shape[1] // key.shape[1]
     kind = query.dtype
     if query.device.type == "cpu" and kind is torch.bfloat16:
@@ -114,13 +154,13 @@ def attention_for_transformers(
         query, key, value = query.float(), key.float(), value.float()
     tokens = [count * length for count, length in groups]
     # split, not slices: backwards it is one concatenation, where each slice would fill a whole row with zeros.
-    rows = zip(*(torch.split(row[0], tokens, dim=1) for row in (query, key, value)), strict=True)
+    split = zip(*(torch.split(row[0], tokens, dim=1) for row in (query, key, value)), strict=True)
     outputs = []
-    for (count, length), parts in zip(groups, rows, strict=True):
+    for (count, length), parts in zip(groups, split, strict=True):
         # [heads, count * length, width] -> [count, heads, length, width], a view
         batch = [part.view(len(part), count, length, -1).transpose(0, 1) for part in parts]
         mask = _window_mask(length, sliding_window, query.device)
-        mixed = _attend(batch, repeats, mask, dropout, scaling, softcap)
+        mixed = _attend(batch, repeats, mask, causal, dropout, scaling, softcap)
         outputs.append(mixed.transpose(1, 2).reshape(count * length, query.shape[1], value.shape[-1]))
     return torch.cat(outputs)[None].to(kind), None
 
@@ -137,6 +177,7 @@ def _attend(
     batch: list[Tensor],
     repeats: int,
     mask: Tensor | None,
+    causal: bool,
     dropout: float,
     scaling: float | None,
     softcap: float | None,
@@ -146,7 +187,7 @@ def _attend(
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     if softcap is None:
         return scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
+            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal and mask is None, scale=scaling
         )
     length = query.shape[2]
     if mask is None:

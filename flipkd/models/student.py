@@ -106,9 +106,7 @@ class Student(nn.Module):
         if not packed.groups:
             return torch.zeros(len(ids), self.projection.shape[1], device=self.device)
         with self.autocast():
-            output = self._encoder[0](
-                input_ids=packed.ids, position_ids=packed.positions, use_cache=False, groups=packed.groups
-            )
+            output = self._encoder[0](**packed.arguments, is_causal=self.options.attention == "causal")
         return pool_texts(output.last_hidden_state, packed, self.options.pooling)
 
     def encode_ids(self, ids: Sequence[Sequence[int]]) -> Tensor:

@@ -21,6 +21,8 @@ from flipkd.report.evaluate import evaluate
 from flipkd.report.timeline import Span, job_spans
 from flipkd.run.encode import encode
 from flipkd.run.pipeline import score, summary
+from flipkd.run.record_template import template_of_scores
+from flipkd.run.rescore_config import RescoreConfig
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +93,8 @@ def run_stages(config: NightConfig, folder: Path, journal: Journal) -> dict[str,
     if config.rescore is not None:
         from flipkd.run.rescore import rescore
 
-        said["rescore"] = journal.run("rescore", partial(_kept, partial(rescore, config.rescore)))
+        rescore_config = rescore_stage(config.score, config.rescore)
+        said["rescore"] = journal.run("rescore", partial(_kept, partial(rescore, rescore_config)))
     if config.evaluate is not None:
         said["evaluate"] = journal.run("evaluate", partial(_kept_metrics, config.evaluate))
     return said
@@ -130,6 +133,13 @@ def store_stages(config: ScoreConfig, stores: Path) -> tuple[ScoreConfig, dict[s
         cache_limit_bytes=None,
     )
     return split, encodes
+
+
+def rescore_stage(score: ScoreConfig, rescore: RescoreConfig) -> RescoreConfig:
+    """Rescoring of what the night has scored; unless it says otherwise, records are read by the encoder's template."""
+    if rescore.template is not None or rescore.text_column != RescoreConfig.text_column:
+        return rescore
+    return replace(rescore, template=template_of_scores(score))
 
 
 def _refuse_leftovers(config: NightConfig, folder: Path) -> None:

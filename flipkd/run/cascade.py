@@ -23,13 +23,13 @@ from flipkd.data.pairs import PairRows
 from flipkd.data.shards import ShardReader
 from flipkd.errors import FlipkdError
 from flipkd.kernels.pair_score import PairScores
-from flipkd.models.folder import recorded_template
 from flipkd.run import pipeline
 from flipkd.run.manifest import MANIFEST, WORK_FOLDER
 from flipkd.run.observe import observed
 from flipkd.run.output import list_outputs, locked, own_outputs, refuse_overlap, remove_folder
 from flipkd.run.plan_rescore import plan_rescore
 from flipkd.run.plan_score import ScorePlan, plan_score, score_inputs
+from flipkd.run.record_template import template_of_scores
 from flipkd.run.rescore import rescore_planned
 from flipkd.run.rescore_config import RescoreConfig
 from flipkd.run.score import assemble, output_columns
@@ -78,19 +78,11 @@ def as_cascade(score: ScoreConfig, rescore: RescoreConfig, scores: str | None = 
             records=records,
             right_records=right_records,
             text_column=score.text_column or RescoreConfig.text_column,
-            template=_template(score),
+            template=template_of_scores(score),
             **{name: getattr(score, name) for name in names},
         ),
         scores is not None,
     )
-
-
-def _template(score: ScoreConfig) -> str | None:
-    """How the records' texts are made: the LLM reads what the encoder reads."""
-    if score.template is not None or score.text_column is not None or score.encoder is None or score.is_inline:
-        return score.template
-    recorded = recorded_template(score.encoder.folder)
-    return None if recorded is None else recorded[0]
 
 
 def score_and_rescore(score: ScoreConfig, rescore: RescoreConfig, scores: str | None = None) -> dict[str, Any]:

@@ -15,8 +15,9 @@ import pyarrow as pa
 from flipkd.config import EncodeConfig, EncoderOptions
 from flipkd.data.commit import read_json, write_json
 from flipkd.data.location import Location, open_location
-from flipkd.data.records import as_text, template_fields
+from flipkd.data.records import as_text
 from flipkd.data.shards import ShardReader, find_shards
+from flipkd.data.template import template_fields
 from flipkd.errors import ConfigError, OutputError
 from flipkd.run.cached_encoder import text_cache_of
 from flipkd.run.encode_unit import EncodeWorker
@@ -53,6 +54,14 @@ class EncodePlan:
     fingerprint: str
     run_fingerprint: str
     encoder_fingerprint: str
+
+
+def _row_bytes(config: EncodeConfig) -> int:
+    """Bytes of a record in the store, estimated: its vector, and id, scale, status and place in the index."""
+    from flipkd.models.folder import read_folder, vector_size
+
+    size = vector_size(read_folder(config.encoder.folder)) or 1024
+    return size * {"float32": 4, "bf16": 2, "int8": 1}[config.dtype] + 64
 
 
 def encoder_fingerprint(options: EncoderOptions) -> str:
@@ -155,7 +164,7 @@ def encode_planned(planned: EncodePlan) -> dict[str, Any]:
             run=config.run,
             unit_name="records",
             uses_model=True,
-            output_bytes=planned.plan.rows * 1600,
+            output_bytes=planned.plan.rows * _row_bytes(config),
             about={"encoder": config.encoder.folder, "template": config.text_template},
         )
         manifest = run_job(job)

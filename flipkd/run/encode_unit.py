@@ -14,8 +14,9 @@ from flipkd.config import EncodeConfig
 from flipkd.data.commit import ShardWriter
 from flipkd.data.location import Location
 from flipkd.data.pairs import distinct_texts
-from flipkd.data.records import Texts, render_texts, template_fields, text_digests
+from flipkd.data.records import Texts, render_texts, text_digests
 from flipkd.data.shards import ShardReader
+from flipkd.data.template import template_fields
 from flipkd.run.cached_encoder import CachedEncoder, text_cache_of
 from flipkd.run.manifest import SOURCE_KEY, UnitReport
 from flipkd.run.units import WorkUnit

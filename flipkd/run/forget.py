@@ -18,8 +18,9 @@ import pyarrow.compute as pc
 from flipkd.config import EncodeConfig
 from flipkd.data.commit import writing
 from flipkd.data.location import Location, open_location, reason
-from flipkd.data.records import render_texts, template_fields
+from flipkd.data.records import render_texts
 from flipkd.data.shards import PARQUET_SUFFIXES, ShardReader, find_shards
+from flipkd.data.template import template_fields
 from flipkd.errors import InputError
 from flipkd.run.cached_encoder import cache_root
 from flipkd.run.encode import PARTS

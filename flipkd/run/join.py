@@ -11,8 +11,9 @@ import pyarrow as pa
 from flipkd.data.location import Location
 from flipkd.data.pairs import first_reasons, id_reasons, text_reasons
 from flipkd.data.record_texts import RecordTexts, read_record_texts
-from flipkd.data.records import Texts, template_fields
+from flipkd.data.records import Texts
 from flipkd.data.shards import Shard, ShardReader, find_shards
+from flipkd.data.template import template_fields
 from flipkd.run.manifest import UnitReport
 from flipkd.run.score import TEXT_BATCH_ROWS
 from flipkd.run.scored import ScoredBatch, StageClock, write_scored

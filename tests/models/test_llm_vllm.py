@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,27 @@ def answers(python: Path, options: LlmOptions, pairs: tuple[list[str], list[str]
                 os.killpg(process.pid, signal.SIGKILL)
     assert target.exists(), (work / "vllm.log").read_text()[-4000:]
     return np.array(json.loads(target.read_text()))
+
+
+# What vLLM's environment lacks cannot be imported.
+_WITHOUT_PYARROW = """
+import sys
+
+sys.modules["pyarrow"] = None
+import flipkd.models.llm_vllm
+from flipkd.models.llm import load_prompts
+from flipkd.models.llm_options import LlmOptions
+
+prompts = load_prompts(LlmOptions(sys.argv[1], prompt_file=sys.argv[2], labels=("yes", "no"), engine="vllm"))
+print(len(prompts.tokenize([("a fever", "fever")]).own))
+"""
+
+
+def test_a_model_and_its_prompts_need_no_pyarrow(base_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_text("Is {left} the same as {right}? Answer:")
+    command = [sys.executable, "-c", _WITHOUT_PYARROW, str(base_dir), str(tmp_path / "prompt.txt")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
 
 
 @pytest.mark.slow

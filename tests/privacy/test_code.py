@@ -22,7 +22,8 @@ import flipkd
 from flipkd.cli import main
 from flipkd.config import EncoderOptions, RunOptions, TeachConfig
 from flipkd.data.calibration import read_calibration
-from flipkd.data.records import render_texts, template_fields
+from flipkd.data.records import render_texts
+from flipkd.data.template import template_fields
 from flipkd.distill.config import LossOptions, TrainConfig
 from flipkd.distill.train import train
 from flipkd.errors import ConfigError, ModelError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 from click.testing import CliRunner
 
 from flipkd.cli import main
+from flipkd.models.folder import read_folder, vector_size
+from flipkd.models.settings import DenseSettings, NormalizeSettings
 
 
 @pytest.fixture(scope="module")
@@ -55,3 +58,34 @@ def test_a_first_try_is_told_the_way_out_before_any_work(
     assert not (tmp_path / "out").exists()
     assert len(done.stderr.splitlines()) == 1
     assert " of " + str(tables) not in done.stderr  # a table of one file is named once
+
+
+def test_forgotten_right_records_are_guessed_and_a_finished_job_says_so(
+    minilm_dir: Path, tables: Path, tmp_path: Path
+) -> None:
+    """The job ends well (pairs may name records that are gone), but most pairs without a record are no such case."""
+    others = pa.table({"id": [11, 12], "name": ["Cem", "Dua"]})
+    pq.write_table(others, tmp_path / "others.parquet")
+    pq.write_table(pa.table({"left_id": [1, 2, 1], "right_id": [11, 12, 2]}), tmp_path / "pairs.parquet")
+    command = ["score", "--encoder", str(minilm_dir), "--text-column", "name"]
+    command += ["--pairs", str(tmp_path / "pairs.parquet"), "--records", str(tables / "people.parquet")]
+    done = CliRunner().invoke(main, [*command, "--output", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    assert re.search("warning: 2 of 3 pairs name a record .*--right-records", done.stderr)
+    again = CliRunner().invoke(main, [*command, "--output", str(tmp_path / "out")])
+    assert "nothing was left to do" in again.stdout
+
+    both = [*command, "--right-records", str(tmp_path / "others.parquet"), "--output", str(tmp_path / "both")]
+    done = CliRunner().invoke(main, both)
+    assert done.exit_code == 0, done.output
+    assert "warning" not in done.stderr
+    assert "rows/s" in done.stdout
+
+
+def test_the_disk_that_a_store_needs_is_reckoned_from_its_vectors(minilm_dir: Path) -> None:
+    """It was 1,600 bytes a record, whatever the vectors: ten times too much for a distilled encoder's."""
+    folder = read_folder(minilm_dir)
+    assert vector_size(folder) == 384
+    assert vector_size(replace(folder, truncate_dim=64)) == 64
+    dense = DenseSettings(minilm_dir, 384, 128, bias=False, activation="Identity", use_residual=False)
+    assert vector_size(replace(folder, steps=[dense, NormalizeSettings()])) == 128

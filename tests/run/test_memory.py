@@ -11,7 +11,7 @@ import pytest
 
 @pytest.mark.slow
 def test_ten_times_the_pairs_need_no_more_memory() -> None:
-    """vllm#30268, sentence-transformers#3138: the benchmark for 200 million pairs, with a twentieth of them."""
+    """vllm#30268, sentence-transformers#3138: the benchmark for 200 million pairs, with an eighth of them."""
     command = [sys.executable, "-m", "benchmarks.memory", "--quick"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ import pytest
 from click.testing import CliRunner, Result
 
 from flipkd.cli import main
-from flipkd.config import EncodeConfig, EncoderOptions
+from flipkd.config import EncodeConfig, EncoderOptions, ScoreConfig
 from flipkd.errors import ModelError
 from flipkd.models.encoder import load_encoder
 from flipkd.models.folder import FLIPKD_FILE
+from flipkd.models.llm_options import LlmOptions
+from flipkd.nightly.stages import rescore_stage
 from flipkd.run.encode import plan_encode
+from flipkd.run.rescore_config import RescoreConfig
 from flipkd.vectors.store import VectorStore
 from tests.run.conftest import World
 from tests.run.test_score import read_scores
@@ -134,3 +138,16 @@ def test_a_recorded_template_that_cannot_be_used_is_named(
     config = EncodeConfig(EncoderOptions(str(tmp_path / "encoder")), str(people), str(tmp_path / "store"))
     with pytest.raises(ModelError, match=r"flipkd\.json: its template cannot be used"):
         plan_encode(config)
+
+
+def test_the_llm_of_a_night_reads_what_the_encoder_has_read(encoder: str, world: World) -> None:
+    """Both by the night's own stages and by ``score --rescore-...``; what the YAML file says comes first."""
+    rescore = RescoreConfig(LlmOptions("llm"), "scores", "out", budget="1%", records="people.parquet")
+    score = ScoreConfig("pairs", "scores", encoder=EncoderOptions(encoder), records="people.parquet")
+    assert rescore_stage(score, rescore).template == TEMPLATE
+    assert rescore_stage(replace(score, template="{city}"), rescore).template == "{city}"
+    assert rescore_stage(replace(score, text_column="name"), rescore) == rescore
+    assert rescore_stage(score, replace(rescore, template="{city}")).template == "{city}"
+    assert rescore_stage(score, replace(rescore, text_column="name")).template is None
+    plain = replace(score, encoder=EncoderOptions(world.encoder))
+    assert rescore_stage(plain, rescore) == rescore

@@ -50,15 +50,10 @@ def running(command: list[str], environment: dict[str, str], work: Path) -> Iter
 
 
 def environment(work: Path) -> dict[str, str]:
-    """That of the test, with what ``rescore`` needs beside vLLM: pyarrow, which vLLM's environment lacks."""
-    (work / "packages").mkdir(exist_ok=True)
-    arrow = Path(pa.__file__).parent
-    for path in (arrow, arrow.with_name("pyarrow.libs")):
-        if path.exists() and not (work / "packages" / path.name).exists():
-            (work / "packages" / path.name).symlink_to(path)
+    """That of the test, with this flipkd and little memory for vLLM."""
     return {
         **{name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"},
-        "PYTHONPATH": os.pathsep.join([str(Path(flipkd.__file__).parent.parent), str(work / "packages")]),
+        "PYTHONPATH": str(Path(flipkd.__file__).parent.parent),
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CACHE_ROOT": str(work / "vllm"),

@@ -1,0 +1,75 @@
+"""The students of ``benchmarks.quality``: what each is trained on, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from flipkd.distill.config import LossOptions
+
+
+@dataclass(frozen=True)
+class Student:
+    """How a student is trained.
+
+    Args:
+        loss: what is minimised.
+        unlabelled: whether unlabelled pairs stand beside the labelled ones in every batch.
+        answers: whether the decoder's answer is the score, in place of the encoder's cosine.
+        teacher: ``encoder``; ``weak``, the same with a tenth of the labels; or ``cross``, a cross-encoder, which gives
+            no vectors.
+        run: the training it shares with another row; None for its own.
+        student: options of ``StudentOptions`` that differ.
+        train: options of ``TrainConfig`` that differ.
+    """
+
+    loss: LossOptions = field(default_factory=LossOptions)
+    unlabelled: bool = False
+    answers: bool = False
+    teacher: Literal["encoder", "weak", "cross"] = "encoder"
+    run: str | None = None
+    student: Mapping[str, Any] = field(default_factory=dict)
+    train: Mapping[str, Any] = field(default_factory=dict)
+
+
+_WITH_LM = LossOptions(weight_lm=0.1)
+COMPARED = {
+    "lm": Student(LossOptions(objective="lm"), answers=True),
+    "cosent": Student(LossOptions(objective="cosent")),
+    "margin_mse": Student(LossOptions(objective="margin_mse")),
+    "kl": Student(LossOptions(objective="kl")),
+    "flip": Student(),
+    "flip_without_mcl": Student(LossOptions(weight_mcl=0.0)),
+    "flip_without_dist": Student(LossOptions(weight_pairs=0.0, weight_matrix=0.0)),
+    "flip_without_filter": Student(LossOptions(positive_threshold=-np.inf, negative_threshold=np.inf)),
+    "flip_unlabelled": Student(unlabelled=True),
+    "flip_weak_teacher": Student(teacher="weak"),
+    "flip_cross_encoder": Student(teacher="cross"),
+    "flip_lm": Student(_WITH_LM),
+    "flip_decoder": Student(_WITH_LM, answers=True, run="flip_lm"),
+}
+# One option each that differs from flip's; tried on validation pairs alone.
+SWEPT = {
+    **{f"layer {k}": Student(student={"layer": k}) for k in (5, 10, 12, 15)},
+    **{f"rank {rank}": Student(student={"rank": rank, "alpha": float(rank)}) for rank in (16, 256)},
+    **{f"dimension {size}": Student(student={"dimension": size}) for size in (64, 256)},
+    "attention full": Student(student={"attention": "full"}),
+    "attention full, layer 12": Student(student={"attention": "full", "layer": 12}),
+    "pooling last": Student(student={"pooling": "last"}),
+    "dropout 0.1": Student(student={"dropout": 0.1}),
+    **{f"learning rate {rate:g}": Student(train={"learning_rate": rate}) for rate in (5e-4, 1e-3, 4e-3)},
+    **{f"batch of {pairs} pairs": Student(train={"batch_pairs": pairs}) for pairs in (32, 128, 256)},
+    "start random": Student(train={"start": "random"}),
+    **{f"weight of pairs {weight:g}": Student(LossOptions(weight_pairs=weight)) for weight in (0, 10, 50)},
+    **{f"weight of matrix {weight:g}": Student(LossOptions(weight_matrix=weight)) for weight in (0, 5, 80)},
+    **{f"margin between {margin}": Student(LossOptions(margin_between=margin)) for margin in (0.0, 0.1, 0.4)},
+    **{f"margin within {margin}": Student(LossOptions(margin_within=margin)) for margin in (0.0, 0.3)},
+    **{f"temperature {value}": Student(LossOptions(temperature=value)) for value in (0.02, 0.1)},
+    **{f"matrix temperature {value}": Student(LossOptions(matrix_temperature=value)) for value in (0.02, 0.1)},
+}
+STUDENTS = {**COMPARED, **SWEPT}
+TEACHERS = ("teacher", "weak_teacher", "cross_encoder")
+METHODS = ("token_set_ratio", "minilm", *TEACHERS, "untrained", *COMPARED)
