@@ -10,8 +10,10 @@ import importlib.metadata
 import json
 import os
 import platform
+import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,34 @@ def report(benchmark: str, rows: Sequence[Mapping[str, Any]], ratios: Mapping[st
         "versions": versions(),
     }
     print(json.dumps(result), flush=True)
+
+
+class OutOfTimeError(Exception):
+    """Raised by ``time_limit``."""
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Ends what runs in the main thread after so many seconds, with OutOfTimeError.
+
+    It comes when the interpreter is next in charge: a call into a library is waited for.
+    """
+
+    def out_of_time(number: int, frame: object) -> None:
+        raise OutOfTimeError(f"not done after {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, out_of_time)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def say(row: Mapping[str, Any]) -> None:
+    """Print one row at once, as a line of JSON, so that a run that is broken off has told what it found."""
+    print(json.dumps(row), flush=True)
 
 
 def machine() -> dict[str, Any]:

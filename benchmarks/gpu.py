@@ -1,13 +1,14 @@
 """The GPU kernels against the memory of the GPU: pair_score and pool_project.
 
-    python -m benchmarks.gpu [--quick] [--rows N] [--pairs N]
+    python -m benchmarks.gpu [--quick] [--rows N] [--pairs N] [--limit SECONDS]
 
 On a CUDA machine: a copy kernel gives the bandwidth of device memory that this GPU reaches; pair_score scores rows of
 128 numbers, int8 and bf16, random and in runs of 20 pairs with the same left row, and its rate is held against the rate
 at which that bandwidth could bring the bytes; pool_project is held against the same steps in PyTorch, compiled and not.
 Results are checked first, and bytes are counted as the least that must move: for random pairs two rows, two int32
-indices and one float32 score; for runs a twentieth of the left row. Ratios: `pair_score_*` is the share of the limit
-(1 is the limit, the goal is 0.8), `pool_project_*` is how many times faster than PyTorch.
+indices and one float32 score; for runs a twentieth of the left row. Each row is also printed as soon as it is known,
+and what is not done after `--limit` seconds is left out. Ratios: `pair_score_*` is the share of the limit (1 is the
+limit, the goal is 0.8), `pool_project_*` is how many times faster than PyTorch.
 
 Without a CUDA GPU nothing is measured: the same limits are computed from the data sheet of an H100 and printed as such.
 """
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.common import report
+from benchmarks.common import OutOfTimeError, report, say, time_limit
 from flipkd.vectors.rows import quantise
 
 _DEVICE = "cuda"
@@ -32,6 +33,7 @@ _GROUP = 20  # pairs per left row
 _ROW_BYTES = {"int8": _DIM, "bf16": 2 * _DIM}
 _MAX_ERROR = {"int8": 1e-2, "bf16": 4e-3}
 _CHECKED = 200_000  # pairs
+_CHECKED_TEXTS = 2_000
 _H100_BYTES_PER_SECOND = 3.35e12  # SXM, data sheet
 _GOAL = 0.8
 _WIDTH, _TOKENS = 576, 40  # SmolLM2-135M, and the tokens of a record
@@ -137,9 +139,12 @@ def pair_score_rows(
             score, _, position = pair_score_tensors(table, table, left_index, right, min_score=0.1, grouped=grouped)
             plain, _, _ = pair_score_tensors(table, table, left_index, right, grouped=grouped)
             assert position is not None
-            correct &= float((plain[:_CHECKED] - exact).abs().max()) <= _MAX_ERROR[dtype]
+            error = float((plain[:_CHECKED] - exact).abs().max())
             kept = torch.nonzero(plain >= 0.1).flatten()
-            correct &= torch.equal(position, kept) and torch.equal(score, plain[kept])
+            right_order = torch.equal(position, kept) and torch.equal(score, plain[kept])
+            correct &= error <= _MAX_ERROR[dtype] and right_order
+            if not correct:
+                say({"what": f"pair_score {dtype} {order}", "wrong": error, "survivors are right": right_order})
             call = partial(pair_score_tensors, table, table, left_index, right, grouped=grouped)
             seconds = median_seconds(call, rounds)
             rate = options.pairs / seconds
@@ -152,13 +157,26 @@ def pair_score_rows(
                     "million_per_second": round(rate / 1e6),
                     "limit_million_per_second": round(limit / 1e6),
                     "share": round(rate / limit, 3),
+                    "tuned": _tuned(grouped),
                 }
             )
+            if correct:
+                say(rows[-1])
         del table
     return rows, ratios, correct
 
 
-def pool_project_rows(texts: int, bandwidth: float, rounds: int) -> tuple[list[dict[str, Any]], dict[str, float], bool]:
+def _tuned(grouped: bool) -> str:
+    """The sizes that were the fastest."""
+    from flipkd.kernels.pair_score import gpu
+
+    best = getattr(gpu._tuned_runs_kernel if grouped else gpu._tuned_score_kernel, "best_config", None)
+    return "" if best is None else f"{best.kwargs} warps {best.num_warps}".replace("'", "")
+
+
+def pool_project_rows(
+    texts: int, bandwidth: float, rounds: int, limit: float = 60.0
+) -> tuple[list[dict[str, Any]], dict[str, float], bool]:
     """Check and time pool_project against the same steps in PyTorch."""
     from flipkd.kernels.pool_project import pool_project
 
@@ -181,17 +199,25 @@ def pool_project_rows(texts: int, bandwidth: float, rounds: int) -> tuple[list[d
     def kernel() -> torch.Tensor:
         return pool_project(states, starts, projection, norm_weight=weight, dtype="int8", backend="triton").rows
 
+    some = min(texts, _CHECKED_TEXTS)
+    end = int(starts[some])
     exact = pool_project(
-        states.cpu(), starts.cpu(), projection.cpu(), norm_weight=weight.cpu(), backend="reference"
+        states[:end].cpu(), starts[: some + 1].cpu(), projection.cpu(), norm_weight=weight.cpu(), backend="reference"
     ).rows.numpy()
-    stored = torch.from_numpy(quantise(exact, "int8").values)
-    compiled = torch.compile(steps)
-    correct = all(int((found().cpu().int() - stored.int()).abs().max()) <= 1 for found in (kernel, steps, compiled))
-    seconds = {
-        "pool_project": median_seconds(kernel, rounds),
-        "PyTorch, step by step": median_seconds(steps, rounds),
-        "PyTorch, torch.compile": median_seconds(compiled, rounds),
-    }
+    stored = torch.from_numpy(quantise(exact, "int8").values).int()
+    ways = {"pool_project": kernel, "PyTorch, step by step": steps, "PyTorch, torch.compile": torch.compile(steps)}
+    correct, seconds = True, {}
+    for name, way in ways.items():
+        try:
+            with time_limit(limit):
+                found = way()[:some].cpu().int()
+                largest = int((found - stored).abs().max())
+                if largest > 1:
+                    correct = False
+                    say({"what": name, "wrong": largest})
+                seconds[name] = median_seconds(way, rounds)
+        except OutOfTimeError:
+            say({"what": name, "left out": f"not done after {limit:g} s"})
     ideal = (2 * _WIDTH * total + texts * (_DIM + 1)) / bandwidth
     rows = [
         {
@@ -203,11 +229,13 @@ def pool_project_rows(texts: int, bandwidth: float, rounds: int) -> tuple[list[d
         }
         for name, value in seconds.items()
     ]
-    ratios = {
-        "pool_project_vs_pytorch": seconds["PyTorch, step by step"] / seconds["pool_project"],
-        "pool_project_vs_compiled": seconds["PyTorch, torch.compile"] / seconds["pool_project"],
-        "pool_project_of_limit": ideal / seconds["pool_project"],
-    }
+    for row in rows if correct else ():
+        say(row)
+    own = seconds["pool_project"]
+    ratios = {"pool_project_of_limit": ideal / own}
+    for ratio, peer in (("vs_pytorch", "PyTorch, step by step"), ("vs_compiled", "PyTorch, torch.compile")):
+        if peer in seconds:
+            ratios[f"pool_project_{ratio}"] = seconds[peer] / own
     return rows, ratios, correct
 
 
@@ -217,6 +245,7 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=10_000_000)
     parser.add_argument("--pairs", type=int, default=100_000_000)
     parser.add_argument("--quick", action="store_true", help="20 million pairs, 5 rounds")
+    parser.add_argument("--limit", type=float, default=25.0, help="seconds for a part")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("No CUDA GPU here, so nothing is measured. What the memory of an H100 would allow, on paper:")
@@ -226,8 +255,16 @@ def main() -> int:
     if options.quick:
         options.pairs = min(options.pairs, 20_000_000)
     bandwidth = copy_bandwidth(rounds)
-    rows, ratios, right = pair_score_rows(options, bandwidth, rounds)
-    more_rows, more_ratios, also_right = pool_project_rows(20_000, bandwidth, rounds)
+    say({"what": "copy of device memory", "terabytes_per_second": round(bandwidth / 1e12, 3)})
+    rows: list[dict[str, Any]] = []
+    ratios: dict[str, float] = {}
+    right = True
+    try:
+        with time_limit(2 * options.limit):
+            rows, ratios, right = pair_score_rows(options, bandwidth, rounds)
+    except OutOfTimeError as error:
+        say({"what": "pair_score", "left out": str(error)})
+    more_rows, more_ratios, also_right = pool_project_rows(20_000, bandwidth, rounds, options.limit)
     correct = right and also_right
     if correct:
         print(

@@ -1,8 +1,8 @@
 """Which implementation of a kernel runs here. Resolved once, logged, with one override.
 
 The override is an environment variable (or the argument `backend`): FLIPKD_PAIR_SCORE is "cpu", "reference" or
-"triton", FLIPKD_POOL_PROJECT is "reference" or "triton". An explicit choice that cannot run raises KernelError; it
-never falls back.
+"triton"; FLIPKD_POOL_PROJECT and FLIPKD_ENCODER_OPS (on a GPU) are "reference" or "triton". An explicit choice that
+cannot run raises KernelError; it never falls back.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ BACKENDS = ("cpu", "reference", "triton")
 OVERRIDE = "FLIPKD_PAIR_SCORE"
 POOL_PROJECT_BACKENDS = ("reference", "triton")
 POOL_PROJECT_OVERRIDE = "FLIPKD_POOL_PROJECT"
+ENCODER_OPS_OVERRIDE = "FLIPKD_ENCODER_OPS"
 
 _log = logging.getLogger(__name__)
 
@@ -51,30 +52,42 @@ def pool_project_backend(asked: str | None, device: str) -> str:
     Raises:
         KernelError: the choice is unknown or cannot run here.
     """
-    return _resolve_pool_project(asked or os.environ.get(POOL_PROJECT_OVERRIDE) or "", device)
+    asked = asked or os.environ.get(POOL_PROJECT_OVERRIDE) or ""
+    return _resolve_on_device("pool_project", POOL_PROJECT_OVERRIDE, asked, device)
+
+
+def encoder_ops_backend(device: str) -> str:
+    """Return the backend of what stands between an encoder's multiplications on a GPU: "reference" or "triton".
+
+    The choice, without FLIPKD_ENCODER_OPS, is that of `pool_project_backend`. On a CPU nobody asks.
+
+    Args:
+        device: a PyTorch device type.
+
+    Raises:
+        KernelError: the choice is unknown or cannot run here.
+    """
+    return _resolve_on_device("encoder_ops", ENCODER_OPS_OVERRIDE, os.environ.get(ENCODER_OPS_OVERRIDE) or "", device)
 
 
 @functools.cache
-def _resolve_pool_project(asked: str, device: str) -> str:
+def _resolve_on_device(kernel: str, override: str, asked: str, device: str) -> str:
     if asked and asked not in POOL_PROJECT_BACKENDS:
         raise KernelError(
-            f"pool_project backend {asked!r} is not one of {', '.join(POOL_PROJECT_BACKENDS)}; see "
-            f"{POOL_PROJECT_OVERRIDE}"
+            f"{kernel} backend {asked!r} is not one of {', '.join(POOL_PROJECT_BACKENDS)}; see {override}"
         )
     installed = importlib.util.find_spec("triton") is not None
     if asked == "triton":
         if not installed:
             raise KernelError(
-                "pool_project backend 'triton' needs the triton package: pip install 'flipkd[gpu]', or unset "
-                f"{POOL_PROJECT_OVERRIDE}"
+                f"{kernel} backend 'triton' needs the triton package: pip install 'flipkd[gpu]', or unset {override}"
             )
         if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             raise KernelError(
-                f"pool_project backend 'triton' needs states on a CUDA GPU, not on {device}; unset "
-                f"{POOL_PROJECT_OVERRIDE}"
+                f"{kernel} backend 'triton' needs states on a CUDA GPU, not on {device}; unset {override}"
             )
     chosen = asked or ("triton" if device == "cuda" and installed else "reference")
-    _log.info("pool_project on %s runs on backend %r (%s)", device, chosen, "asked for" if asked else "chosen")
+    _log.info("%s on %s runs on backend %r (%s)", kernel, device, chosen, "asked for" if asked else "chosen")
     return chosen
 
 

@@ -1,10 +1,11 @@
 """Attention within each text of a packed row, on a GPU in one kernel whatever the lengths.
 
-What there is (PyTorch 2.13, flash-attn 2.8), and why `torch.nn.attention.varlen.varlen_attn` was chosen:
+What there is (PyTorch 2.11 to 2.13, flash-attn 2.8), and why `torch.nn.attention.varlen.varlen_attn` was chosen:
 
 - ``varlen_attn`` runs the FlashAttention kernel that PyTorch already carries, straight on [T, heads, d] and cu_seqlens:
-  no padding, no mask, no second package. It knows grouped heads (``enable_gqa``) and causal or full attention
-  (``window_size``). float16 and bfloat16, Ampere or newer. Where the user has activated FlashAttention 3 or 4
+  no padding, no mask, no second package. It knows causal and full attention (``window_size``) and, from 2.12 on,
+  grouped heads (``enable_gqa``); for 2.11 the heads of keys and values are repeated before the call. float16 and
+  bfloat16, Ampere or newer. Where the user has activated FlashAttention 3 or 4
   (``torch.nn.attention.activate_flash_attention_impl``), the same call runs that.
 - flash-attn's ``flash_attn_varlen_func`` is the same algorithm in a package that is compiled for one PyTorch and one
   CUDA at a time. It is taken where PyTorch has no ``varlen_attn`` with these arguments but flash-attn is installed.
@@ -16,9 +17,9 @@ float32 (no flash kernel takes it), CPUs and everything else go text length by t
 ``scaled_dot_product_attention``: exact, and of the same cost where texts of one length lie side by side.
 
 A text's result does not depend on its neighbours: FlashAttention 3 and 4 are told not to split the keys of a text
-(``num_splits=1``), and FlashAttention 2 splits none of a packed batch but on its way for one query a text (decoding).
-That way also fails where heads are grouped and a text is empty (Dao-AILab/flash-attention issue 1537), so the kernels
-are never told a bound below 2.
+(``num_splits=1``, from PyTorch 2.12 on), and FlashAttention 2 splits none of a packed batch but on its way for one
+query a text (decoding). That way also fails where heads are grouped and a text is empty (Dao-AILab/flash-attention
+issue 1537), so the kernels are never told a bound below 2.
 
 CUDA graphs: the flash kernels read ``cu_seqlens`` on the device, and ``max_length`` is only an upper bound, which a
 captured graph keeps. Capture with the bound of a shape, and fill unused places of ``cu_seqlens`` with its last number,
@@ -36,6 +37,7 @@ import inspect
 import logging
 from collections.abc import Sequence
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -139,24 +141,41 @@ def _flash(query: Tensor) -> str | None:
 def flash_kernel() -> str | None:
     """The flash kernel that is installed: "torch" (`varlen_attn`), "flash_attn" or None. Logged once."""
     found = None
-    if importlib.util.find_spec("torch.nn.attention.varlen") is not None:
-        from torch.nn.attention.varlen import varlen_attn
-
-        # PyTorch 2.10 had it first, with other arguments
-        if {"window_size", "enable_gqa", "scale", "num_splits"} <= inspect.signature(varlen_attn).parameters.keys():
-            found = "torch"
-    if found is None and importlib.util.find_spec("flash_attn") is not None:
+    if {"window_size", "scale"} <= _varlen_arguments():  # PyTorch 2.10 had it first, with other arguments
+        found = "torch"
+    elif importlib.util.find_spec("flash_attn") is not None:
         found = "flash_attn"
     _log.info("packed attention on a GPU runs on %s", found or "scaled_dot_product_attention, length by length")
     return found
 
 
+@functools.cache
+def _varlen_arguments() -> frozenset[str]:
+    """What this PyTorch's `varlen_attn` can be told; nothing where there is none."""
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return frozenset()
+    from torch.nn.attention.varlen import varlen_attn
+
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
 def _torch_flash(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_length: int, causal: bool, scale: float | None
 ) -> Tensor:
-    from torch.nn.attention import current_flash_attention_impl
     from torch.nn.attention.varlen import varlen_attn
 
+    known = _varlen_arguments()
+    options: dict[str, Any] = {}
+    repeats = query.shape[1] // key.shape[1]
+    if repeats > 1 and "enable_gqa" in known:
+        options["enable_gqa"] = True
+    elif repeats > 1:
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    if "num_splits" in known:
+        from torch.nn.attention import current_flash_attention_impl
+
+        # FlashAttention 2, which is None here, has nothing to switch off without a block table
+        options["num_splits"] = None if current_flash_attention_impl() is None else 1
     output = varlen_attn(
         query,
         key,
@@ -167,9 +186,7 @@ def _torch_flash(
         max_length,
         scale=scale,
         window_size=(-1, 0) if causal else (-1, -1),
-        enable_gqa=query.shape[1] != key.shape[1],
-        # FlashAttention 2, which is None here, has nothing to switch off without a block table
-        num_splits=None if current_flash_attention_impl() is None else 1,
+        **options,
     )
     assert isinstance(output, Tensor)  # a pair only where return_aux asks for it
     return output

@@ -22,8 +22,15 @@ class Tokenizes(Protocol[Input, Tokens]):
     def tokenize(self, texts: Sequence[Input], /) -> Tokens: ...
 
 
-def tokenized_chunks(tokenizer: Tokenizes[Input, Tokens], texts: Sequence[Input]) -> Iterator[tuple[int, Tokens]]:
+def tokenized_chunks(
+    tokenizer: Tokenizes[Input, Tokens], texts: Sequence[Input], threads: int = 1
+) -> Iterator[tuple[int, Tokens]]:
     """Tokenises in chunks, the next ones in a thread while the caller works on this one (the tokenizer frees the GIL).
+
+    Args:
+        tokenizer: what does it; it has threads of its own.
+        texts: all of them.
+        threads: chunks at once; with two, one is tokenised while the ids of another become Python's.
 
     Yields:
         the place of the chunk's first text, and the chunk; in the order of the texts.
@@ -33,11 +40,11 @@ def tokenized_chunks(tokenizer: Tokenizes[Input, Tokens], texts: Sequence[Input]
         if texts:
             yield 0, tokenizer.tokenize(texts)
         return
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="flipkd-tokenize") as pool:
+    with ThreadPoolExecutor(max_workers=threads, thread_name_prefix="flipkd-tokenize") as pool:
         waiting: deque[tuple[int, Future[Tokens]]] = deque()
         for start in starts:
             waiting.append((start, pool.submit(tokenizer.tokenize, texts[start : start + CHUNK_TEXTS])))
-            if len(waiting) > 2:
+            if len(waiting) > 1 + threads:
                 first, chunk = waiting.popleft()
                 yield first, chunk.result()
         while waiting:

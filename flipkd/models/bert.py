@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from flipkd.kernels.encoder_ops import Heads, Norm, activate, add_norm, attend
+from flipkd.kernels.encoder_ops import Heads, Norm, Texts, activate, add_norm, attend
 from flipkd.models.linear import Linear
 from flipkd.models.settings import read_json
 
@@ -111,10 +111,11 @@ class Bert:
 
     def __call__(self, ids: Tensor, positions: Tensor, lengths: Sequence[int]) -> Tensor:
         """Token vectors [T, width]; see ``flipkd.models.backbone.Backbone``."""
+        texts = Texts(lengths, ids.device)
         state = embedding(ids, self._words) + self._segment + embedding(positions, self._positions)
         state, operand = add_norm(None, state, self._norm, keeps_sum=False, dtype=self._dtype)
         for block in self._blocks:
-            mixed = attend(block.attention_input(operand), lengths, self._heads, self._dtype)
+            mixed = attend(block.attention_input(operand), texts, self._heads, self._dtype)
             product = block.attention_output(mixed)
             state, operand = add_norm(product, state, block.attention_norm, keeps_sum=False, dtype=self._dtype)
             wide = activate(block.wide(operand), self._activation, gated=False, dtype=self._dtype)

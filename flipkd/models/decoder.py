@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from flipkd.kernels.encoder_ops import Heads, Norm, Product, activate, add_norm, attend
+from flipkd.kernels.encoder_ops import Heads, Norm, Product, Texts, activate, add_norm, attend
 from flipkd.models.linear import Linear
 from flipkd.models.settings import read_json
 
@@ -85,7 +85,9 @@ class Decoder:
         key_heads = int(config.get("num_key_value_heads") or heads)
         width = int(config.get("head_dim") or self.width // heads)
         self._theta = _rope_theta(config)
-        self._heads = self._reaching(512, Heads(heads, key_heads, width, causal=config.get("is_causal") is not False))
+        causal = config.get("is_causal") is not False
+        self._tables: list[tuple[Tensor, Tensor]] = []
+        self._heads = self._reaching(512, Heads(heads, key_heads, width, causal=causal))
 
     def fits(self, config: dict[str, Any]) -> bool:
         """Whether the weights have the shapes that the config promises."""
@@ -129,15 +131,15 @@ class Decoder:
 
     def _blocks_run(self, ids: Tensor, lengths: Sequence[int]) -> tuple[Product | None, Tensor]:
         """The residual stream, and what the last block adds to it."""
-        heads = self._heads
-        if heads.cosine is None or max(lengths) > len(heads.cosine):
+        heads, texts = self._heads, Texts(lengths, ids.device)
+        if heads.cosine is None or texts.longest > len(heads.cosine):
             # Another thread may do the same at the same time: each has a table that reaches, and one of them stays.
-            self._heads = heads = self._reaching(2 * max(lengths), heads)
+            self._heads = heads = self._reaching(2 * texts.longest, heads)
         product: Product | None = None
         state = embedding(ids, self._words)
         for block in self._blocks:
             state, operand = add_norm(product, state, block.attention_norm, keeps_sum=True, dtype=self._dtype)
-            mixed = attend(block.attention_input(operand), lengths, heads, self._dtype)
+            mixed = attend(block.attention_input(operand), texts, heads, self._dtype)
             product = block.attention_output(mixed)
             state, operand = add_norm(product, state, block.norm, keeps_sum=True, dtype=self._dtype)
             wide = activate(block.wide(operand), self._activation, gated=True, dtype=block.narrow.dtype)
@@ -148,6 +150,7 @@ class Decoder:
         cosine, sine = _rotation(heads.width, self._theta, positions, self._words.device)
         if cosine.is_cuda:
             torch.cuda.current_stream().synchronize()  # threads have streams of their own
+            self._tables.append((cosine, sine))  # what another stream still reads must not be given back
         return replace(heads, cosine=cosine, sine=sine)
 
 

@@ -15,6 +15,7 @@ DEVICES = ("cpu", "cuda", "auto")
 # A GPU wants to be filled.
 MAX_TOKENS = {"cpu": 1024, "cuda": 65536}
 GPU_STREAMS = 2  # one batch is copied while another computes
+TOKENIZER_THREADS = {"cpu": 1, "cuda": 2}  # chunks of texts at once; a GPU is soon done with one
 
 
 def check_options(dtype: str, device: str, max_length: int | None, threads: int | None) -> None:
@@ -33,7 +34,7 @@ def check_options(dtype: str, device: str, max_length: int | None, threads: int 
 
 
 def find_device(device: str) -> torch.device:
-    """The device that "cpu", "cuda" or "auto" (CUDA if there is a device) stands for.
+    """The device that "cpu", "cuda" (the current one) or "auto" (CUDA if there is a device) stands for.
 
     Raises:
         ConfigError: there is no CUDA device.
@@ -45,4 +46,5 @@ def find_device(device: str) -> torch.device:
     place = torch.device(device)
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device 'cuda' was asked for, but torch sees no CUDA device; use cpu or auto")
-    return place
+    # by number, since each thread has a current device of its own
+    return torch.device("cuda", torch.cuda.current_device()) if place.type == "cuda" else place

@@ -17,7 +17,7 @@ import numpy as np
 
 from flipkd.errors import ConfigError
 from flipkd.models.batches import packed_batches, tokenized_chunks
-from flipkd.models.device import GPU_STREAMS, MAX_TOKENS, check_options, find_device
+from flipkd.models.device import GPU_STREAMS, MAX_TOKENS, TOKENIZER_THREADS, check_options, find_device
 from flipkd.models.folder import folder_fingerprint, read_folder
 from flipkd.models.parallel import finite_rows, loaded_at_first_use, not_finite, run_batches
 from flipkd.models.progress import tell
@@ -179,7 +179,7 @@ class Encoder:
         tokens = np.zeros(len(distinct), dtype=np.int32)
 
         def noted() -> Iterator[tuple[int, TokenizedTexts]]:
-            for start, chunk in tokenized_chunks(self._tokenizer, distinct):
+            for start, chunk in tokenized_chunks(self._tokenizer, distinct, TOKENIZER_THREADS[self.device.type]):
                 truncated[start : start + len(chunk.ids)] = chunk.truncated
                 tokens[start : start + len(chunk.ids)] = [len(ids) for ids in chunk.ids]
                 yield start, chunk

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from flipkd.kernels.encoder_ops import Operand, Product
+
+_LEAST_ROWS = 32  # cuBLAS refuses to multiply 16 rows or fewer in int8
 
 
 class Linear:
@@ -40,4 +42,7 @@ class Linear:
         """[T, inputs] to [T, outputs]."""
         if self.dtype is not torch.int8:
             return Product(linear(operand.values, self._weight, self._bias))
-        return Product(torch._int_mm(operand.values, self._weight), operand.row_scale, self._scale, self._bias)
+        rows, values = len(operand.values), operand.values
+        if values.is_cuda and rows < _LEAST_ROWS:
+            values = pad(values, (0, 0, 0, _LEAST_ROWS - rows))
+        return Product(torch._int_mm(values, self._weight)[:rows], operand.row_scale, self._scale, self._bias)

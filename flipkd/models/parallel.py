@@ -6,11 +6,11 @@ Importing this imports no torch.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from functools import partial
-from threading import Lock, local
+from threading import Lock
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -42,7 +42,7 @@ def run_batches(
 
     On a CPU each batch has one thread to itself. So no thread waits for another inside every operation, which is slow
     for small batches and slower still on a shared machine, and results do not depend on the number of threads. On a GPU
-    each thread has a stream: with two of them one batch is copied in or out of pinned memory while the other computes.
+    each batch has a stream: with two of them one batch is copied in or out of pinned memory while the other computes.
 
     Args:
         batches: the places int64 [rows] of a batch's rows in the caller's input, then the model's arguments.
@@ -103,19 +103,28 @@ def _sent(argument: np.ndarray, device: torch.device) -> torch.Tensor:
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
-_streams = local()
+_streams: dict[torch.device, list[torch.cuda.Stream]] = {}  # that no thread uses now
 
 
-def _own_stream(device: torch.device) -> AbstractContextManager[object]:
-    """This thread's stream on a GPU, made at its first batch."""
+@contextmanager
+def _own_stream(device: torch.device) -> Iterator[None]:
+    """A stream for one batch on a GPU. Streams serve again and again: each has a memory pool of its own in PyTorch."""
     if device.type != "cuda":
-        return nullcontext()
+        yield
+        return
     import torch
 
-    if not hasattr(_streams, "stream"):
-        _streams.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        _streams.stream.wait_stream(torch.cuda.default_stream(device))  # where the weights were made
-    return torch.cuda.stream(_streams.stream)
+    free = _streams.setdefault(device, [])
+    try:
+        stream = free.pop()
+    except IndexError:
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.default_stream(device))  # where weights are made
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        free.append(stream)
 
 
 def loaded_at_first_use(load: Callable[[], Model]) -> Model:

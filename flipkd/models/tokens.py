@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -125,7 +126,7 @@ class TextTokenizer:
     def _count_special(self, bodies: list[list[int]]) -> np.ndarray:
         """Special tokens in each body, int64 [texts]."""
         lengths = np.fromiter(map(len, bodies), dtype=np.int64, count=len(bodies))
-        flat = np.fromiter((number for body in bodies for number in body), dtype=np.int64, count=int(lengths.sum()))
+        flat = np.fromiter(chain.from_iterable(bodies), dtype=np.int64, count=int(lengths.sum()))
         total = np.concatenate(([0], np.cumsum(np.isin(flat, self._special))))
         ends = np.cumsum(lengths)
         counts: np.ndarray = total[ends] - total[ends - lengths]

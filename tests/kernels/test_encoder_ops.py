@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flipkd.kernels import encoder_ops
-from flipkd.kernels.encoder_ops import ACTIVATIONS, Heads, Norm, Operand, Product, reference
+from flipkd.kernels.encoder_ops import ACTIVATIONS, Heads, Norm, Operand, Product, Texts, reference
 
 needs_library = pytest.mark.skipif(encoder_ops._library() is None, reason="no compiled library for this processor")
 DTYPES = (torch.bfloat16, torch.int8)
@@ -27,6 +27,10 @@ def product(rows: int, columns: int, dtype: torch.dtype, seed: int) -> Product:
     values = torch.randint(-20000, 20000, (rows, columns), generator=generator, dtype=torch.int32)
     scales = [torch.rand(size, generator=generator) * 0.02 + 1e-3 for size in (rows, columns)]
     return Product(values, *scales, torch.randn(columns, generator=generator))
+
+
+def on_cpu(*lengths: int) -> Texts:
+    return Texts(lengths, torch.device("cpu"))
 
 
 def exact(made: Product) -> Product:
@@ -139,11 +143,12 @@ def test_attend(
         angles = torch.arange(40.0)[:, None] * torch.rand(width // 2, generator=torch.Generator().manual_seed(seed))
         heads = replace(heads, cosine=angles.cos(), sine=angles.sin())
     made = product(sum(lengths), (heads.heads + 2 * key_heads) * width, given_dtype, seed)
-    wanted = reference.attend(exact(made), lengths, heads, torch.float32).values
+    texts = on_cpu(*lengths)
+    wanted = reference.attend(exact(made), texts, heads, torch.float32).values
     # Attention in bf16 rounds queries, keys and values first: PyTorch's error is taken from the same.
     rounded = Product(reference.numbers(made).bfloat16())
-    own = encoder_ops.attend(made, lengths, heads, dtype)
-    check(own, reference.attend(rounded, lengths, heads, dtype), wanted)
+    own = encoder_ops.attend(made, texts, heads, dtype)
+    check(own, reference.attend(rounded, texts, heads, dtype), wanted)
 
 
 @needs_library
@@ -151,9 +156,9 @@ def test_attend(
 def test_a_text_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
     heads = Heads(2, 1, 32, causal=False)
     made = product(50, 128, dtype, 0)
-    whole = encoder_ops.attend(made, [17, 3, 30], heads, dtype)
+    whole = encoder_ops.attend(made, on_cpu(17, 3, 30), heads, dtype)
     part = Product(made.values[17:20].contiguous(), *(None if x is None else x for x in _rows(made, 17, 20)))
-    alone = encoder_ops.attend(part, [3], heads, dtype)
+    alone = encoder_ops.attend(part, on_cpu(3), heads, dtype)
     assert torch.equal(number(alone), number(whole)[17:20])
 
 
@@ -170,7 +175,7 @@ def test_what_is_not_finite_is_seen_in_its_own_text_and_in_no_other(dtype: torch
     made.values[1, 5] = bad
     heads, norm = Heads(1, 1, 32, causal=False), Norm(torch.ones(96), None, 1e-6, is_rms=True)
     operations: list[Callable[[], Operand]] = [
-        lambda: encoder_ops.attend(made, [3, 3], heads, dtype),
+        lambda: encoder_ops.attend(made, on_cpu(3, 3), heads, dtype),
         lambda: encoder_ops.activate(made, "gelu", gated=False, dtype=dtype),
         lambda: encoder_ops.add_norm(made, torch.zeros(6, 96).bfloat16(), norm, keeps_sum=True, dtype=dtype)[1],
     ]

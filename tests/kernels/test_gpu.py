@@ -29,7 +29,9 @@ def interpret(file: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("file", ["interpreted_pair_score.py", "interpreted_pool_project.py"])
+@pytest.mark.parametrize(
+    "file", ["interpreted_pair_score.py", "interpreted_pool_project.py", "interpreted_encoder_ops.py"]
+)
 def test_results_in_the_interpreter(file: str) -> None:
     interpret(file)
 

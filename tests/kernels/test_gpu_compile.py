@@ -17,6 +17,7 @@ COMPILES = """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from flipkd.kernels.encoder_ops import gpu as encoder_ops
     from flipkd.kernels.pair_score import gpu as pair_score
     from flipkd.kernels.pair_score import gpu_kernels
     from flipkd.kernels.pool_project import gpu as pool_project
@@ -25,13 +26,15 @@ COMPILES = """
     POINTERS = dict.fromkeys(("score", "probability", "kept_score", "kept_probability"), "*fp32")
     POINTERS |= dict.fromkeys(("counts", "bad_place", "ends", "kept_position"), "*i64")
     POINTERS |= {"weight": "*fp32", "starts": "*i32", "matrix": "*fp32", "pooled": "*fp32", "finite": "*u8"}
-    SCALARS = dict.fromkeys(("left_rows", "right_rows", "pairs", "texts", "tokens", "width", "dim"), "i32")
+    POINTERS |= dict.fromkeys(("bias", "cosine", "sine"), "*fp32") | {"positions": "*i64"}
+    POINTERS |= dict.fromkeys(("product", "state", "total", "normed", "made", "values"), "*bf16")
+    SCALARS = dict.fromkeys(("left_rows", "right_rows", "pairs", "texts", "tokens", "rows", "width", "dim"), "i32")
     SCALARS |= dict.fromkeys(("slope", "offset", "min_score", "epsilon"), "fp32")
 
     def build(kernel, constants, warps=4, **pointers):
         names = kernel.arg_names
         pointers = {**POINTERS, **pointers}
-        signature = {name: {**pointers, **SCALARS}.get(name, "constexpr") for name in names}
+        signature = {name: {**SCALARS, **pointers}.get(name, "constexpr") for name in names}
         values = {(names.index(name),): value for name, value in constants.items() if name in names}
         aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in names if name in pointers}
         source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=aligned)
@@ -84,6 +87,22 @@ POOL = """
     print("right")
 """
 
+ENCODER_OPS = """
+    for width in (384, 576, 8192):  # MiniLM, SmolLM2, a wide one
+        for rms in (False, True):
+            built = build(encoder_ops.add_norm_kernel, {
+                **encoder_ops.norm_constants(width), "ADDS": True, "RMS": rms, "BIAS": not rms, "KEEPS": rms
+            }, warps=4 if width <= 2048 else 16)
+            assert "ld.global.v4.b32" in built.asm["ptx"]  # 16 bytes a thread
+    for kind in range(4):
+        built = build(encoder_ops.activate_kernel, {
+            "KIND": kind, "GATED": kind == 3, "WIDTH": 1536, "ROWS": 4, "COLUMNS": 512
+        })
+        assert "ld.global.v4.b32" in built.asm["ptx"]
+    build(encoder_ops.turn_kernel, {"HEADS": 12, "HALF": 32, "STRIDE": 960, "ROWS": 32, "COLUMNS": 32})
+    print("right")
+"""
+
 
 LAUNCHES = """
     import torch
@@ -132,7 +151,7 @@ LAUNCHES = """
 """
 
 
-@pytest.mark.parametrize("script", [SCORE, POOL], ids=["pair_score", "pool_project"])
+@pytest.mark.parametrize("script", [SCORE, POOL, ENCODER_OPS], ids=["pair_score", "pool_project", "encoder_ops"])
 def test_compiles_for_a_gpu(script: str, tmp_path: Path) -> None:
     """The interpreter takes what the compiler refuses, so this is another test."""
     run(COMPILES + script, {"TRITON_CACHE_DIR": str(tmp_path)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -87,23 +88,44 @@ def test_shapes_that_do_not_fit_are_refused(change: Any, message: str) -> None:
         packed_attention(query, key, value, starts, 3, True, None)
 
 
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("max_length", [1, 7])
-def test_varlen_attn_is_called_as_this_pytorch_has_it(
-    causal: bool, max_length: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """No GPU here: the call must fit the real signature, and ask for what the fallback computes."""
+@pytest.fixture(autouse=True)
+def fresh_choice() -> Iterator[None]:
+    yield
+    varlen.flash_kernel.cache_clear()
+    varlen._varlen_arguments.cache_clear()
+
+
+def record_varlen_attn(monkeypatch: pytest.MonkeyPatch, parameters: list[inspect.Parameter]) -> list[dict[str, Any]]:
+    """Puts a `varlen_attn` with such a signature in PyTorch's place; returns the arguments of its calls."""
     module = pytest.importorskip("torch.nn.attention.varlen")
-    signature = inspect.signature(module.varlen_attn)
-    calls = []
+    signature = inspect.Signature(parameters)
+    calls: list[dict[str, Any]] = []
 
     def recorded(*args: Any, **options: Any) -> Tensor:
         calls.append(signature.bind(*args, **options).arguments)
         return args[0]
 
-    varlen.flash_kernel.cache_clear()
-    assert varlen.flash_kernel() == "torch"
+    recorded.__signature__ = signature  # type: ignore[attr-defined]
     monkeypatch.setattr(module, "varlen_attn", recorded)
+    varlen.flash_kernel.cache_clear()
+    varlen._varlen_arguments.cache_clear()
+    return calls
+
+
+def parameters_of_varlen_attn(*left_out: str) -> list[inspect.Parameter]:
+    module = pytest.importorskip("torch.nn.attention.varlen")
+    every = inspect.signature(module.varlen_attn).parameters
+    return [parameter for name, parameter in every.items() if name not in left_out]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("max_length", [1, 7])
+def test_varlen_attn_is_called_as_this_pytorch_has_it(
+    causal: bool, max_length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a GPU the call must at least fit the real signature, and ask for what the fallback computes."""
+    calls = record_varlen_attn(monkeypatch, parameters_of_varlen_attn())
+    assert varlen.flash_kernel() == "torch"
     monkeypatch.setattr(varlen, "_flash", lambda query: "torch")
     query, key, value, starts = make([1, 0, 1], 4, 2, 8)
     packed_attention(query, key, value, starts, max_length, causal, 0.5)
@@ -113,9 +135,40 @@ def test_varlen_attn_is_called_as_this_pytorch_has_it(
     assert call["cu_seq_k"] is starts
     assert (call["max_q"], call["max_k"]) == (max(2, max_length),) * 2  # never 1: see the module's docstring
     assert call["window_size"] == ((-1, 0) if causal else (-1, -1))
-    assert call["enable_gqa"] is True
     assert call["scale"] == 0.5
-    assert call["num_splits"] is None
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("left_out", [("enable_gqa", "num_splits"), ("enable_gqa",), ("num_splits",), ()])
+def test_varlen_attn_is_told_what_it_knows(
+    causal: bool, left_out: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch 2.11 has no grouped heads there, so keys and values are repeated; 2.12 has both arguments."""
+    here = {parameter.name for parameter in parameters_of_varlen_attn()}
+    calls = record_varlen_attn(monkeypatch, parameters_of_varlen_attn(*left_out))
+    assert varlen.flash_kernel() == "torch"
+    query, key, value, starts = make([3, 2], 4, 2, 8)
+    varlen._torch_flash(query, key, value, starts, 3, causal, None)
+    varlen._torch_flash(query, query, query, starts, 3, causal, None)
+    grouped, plain = calls
+    if "enable_gqa" in here - set(left_out):
+        assert grouped["enable_gqa"] is True
+        assert grouped["key"] is key
+    else:
+        assert "enable_gqa" not in grouped
+        torch.testing.assert_close(grouped["key"], key[:, [0, 0, 1, 1]], rtol=0, atol=0)
+        torch.testing.assert_close(grouped["value"], value[:, [0, 0, 1, 1]], rtol=0, atol=0)
+    assert plain["key"] is query
+    assert plain.get("enable_gqa", False) is False
+    for call in calls:
+        assert call["window_size"] == ((-1, 0) if causal else (-1, -1))
+        assert ("num_splits" in call) == ("num_splits" in here - set(left_out))
+        assert call.get("num_splits") is None  # FlashAttention 2 has nothing to switch off
+
+
+def test_varlen_attn_of_pytorch_2_10_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    record_varlen_attn(monkeypatch, parameters_of_varlen_attn("window_size", "scale", "enable_gqa", "num_splits"))
+    assert varlen.flash_kernel() in (None, "flash_attn")
 
 
 def test_the_operator_behind_varlen_attn_takes_these_arguments() -> None:

@@ -17,9 +17,9 @@ from flipkd.vectors.rows import quantise
 @pytest.fixture(autouse=True)
 def fresh_choice(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv(dispatch.POOL_PROJECT_OVERRIDE, raising=False)
-    dispatch._resolve_pool_project.cache_clear()
+    dispatch._resolve_on_device.cache_clear()
     yield
-    dispatch._resolve_pool_project.cache_clear()
+    dispatch._resolve_on_device.cache_clear()
 
 
 def case(**changes: Any) -> dict[str, Any]:

@@ -3,24 +3,24 @@
 Rows are tokens of texts packed end to end, so nothing is padded. Multiplications stay with PyTorch (oneDNN), which runs
 them at the machine's limit; what these functions save is the passes over memory between them. ``reference.py`` is plain
 PyTorch and runs everywhere; ``cpu.cpp`` takes over for bf16 and int8 on a CPU with AVX-512 BF16, for widths that are
-multiples of 32.
+multiples of 32, and ``gpu.py`` (Triton) for floating numbers on a GPU.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from flipkd.kernels.dispatch import encoder_ops_backend
 from flipkd.kernels.encoder_ops import reference
-from flipkd.kernels.encoder_ops.types import ACTIVATIONS, Heads, Norm, Operand, Product
+from flipkd.kernels.encoder_ops.types import ACTIVATIONS, Heads, Norm, Operand, Product, Texts
 from flipkd.kernels.native import native
 
-__all__ = ["ACTIVATIONS", "Heads", "Norm", "Operand", "Product", "activate", "add_norm", "attend"]
+__all__ = ["ACTIVATIONS", "Heads", "Norm", "Operand", "Product", "Texts", "activate", "add_norm", "attend"]
 
 
 class _Product(ctypes.Structure):
@@ -47,6 +47,11 @@ def add_norm(
         The stream [T, width], and the normalised rows for the next multiplication.
     """
     width = state.shape[1]
+    if dtype is state.dtype and _on_gpu(state) and (product is None or _on_gpu(product.values)):
+        from flipkd.kernels.encoder_ops import gpu
+
+        if width <= gpu.MAX_WIDTH:
+            return gpu.add_norm(product, state, norm, keeps_sum)
     library = _library()
     if library is None or not _fits(state, width) or not _is_plain(product):
         return reference.add_norm(product, state, norm, keeps_sum, dtype)
@@ -81,6 +86,10 @@ def activate(product: Product, kind: str, *, gated: bool, dtype: torch.dtype) ->
     """
     rows, columns = product.values.shape
     columns = columns // 2 if gated else columns
+    if dtype is product.values.dtype and _on_gpu(product.values):
+        from flipkd.kernels.encoder_ops import gpu
+
+        return gpu.activate(product, kind, gated)
     library = _library()
     if library is None or dtype is torch.float32 or not _fits(product.values, columns) or not _is_plain(product):
         return reference.activate(product, kind, gated, dtype)
@@ -91,25 +100,29 @@ def activate(product: Product, kind: str, *, gated: bool, dtype: torch.dtype) ->
     return made
 
 
-def attend(product: Product, lengths: Sequence[int], heads: Heads, dtype: torch.dtype) -> Operand:
+def attend(product: Product, texts: Texts, heads: Heads, dtype: torch.dtype) -> Operand:
     """Attention within each text: softmax(q k^T / sqrt(width)) v.
 
     Args:
-        product: [T, (heads + 2 key heads) * width]: queries, keys and values side by side.
-        lengths: tokens of each text; their sum is T.
+        product: [T, (heads + 2 key heads) * width]: queries, keys and values side by side; may be overwritten.
+        texts: where they lie; T tokens in all.
         heads: shape, causality, rotation by position.
         dtype: of the operand: float32, bf16 or int8.
 
     Returns:
         [T, heads * width] for the next multiplication.
     """
+    if dtype is product.values.dtype and _on_gpu(product.values):
+        from flipkd.kernels.encoder_ops import gpu
+
+        return gpu.attend(product, texts, heads)
     library = _library()
     columns = heads.heads * heads.width
     plain = dtype is not torch.float32 and _is_plain(product) and heads.width <= 1024
     if library is None or not plain or not _fits(product.values, heads.width):
-        return reference.attend(product, lengths, heads, dtype)
+        return reference.attend(product, texts, heads, dtype)
     made = _empty(len(product.values), columns, dtype)
-    counted = np.asarray(lengths, np.int64)
+    counted = np.asarray(texts.lengths, np.int64)
     library.flipkd_attend(
         ctypes.byref(_given(product)),
         counted.ctypes.data,
@@ -124,6 +137,13 @@ def attend(product: Product, lengths: Sequence[int], heads: Heads, dtype: torch.
         ctypes.byref(_taken(made)),
     )
     return made
+
+
+def _on_gpu(values: Tensor) -> bool:
+    """Whether the Triton kernels are there for these numbers."""
+    if values.device.type == "cpu" or not values.is_floating_point() or not values.is_contiguous():
+        return False
+    return encoder_ops_backend(values.device.type) == "triton"
 
 
 @functools.cache

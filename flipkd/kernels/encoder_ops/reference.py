@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, relu, rms_norm, silu
 
-from flipkd.kernels.encoder_ops.types import Heads, Norm, Operand, Product
+from flipkd.kernels.encoder_ops.types import Heads, Norm, Operand, Product, Texts
 from flipkd.kernels.packed_attention import packed_attention
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -65,21 +65,29 @@ def activate(product: Product, kind: str, gated: bool, dtype: torch.dtype) -> Op
     return operand(_ACTIVATIONS[kind](gate) * up, dtype)
 
 
-def attend(product: Product, lengths: Sequence[int], heads: Heads, dtype: torch.dtype) -> Operand:
+def attend(product: Product, texts: Texts, heads: Heads, dtype: torch.dtype) -> Operand:
     """See ``flipkd.kernels.encoder_ops.attend``."""
     values = numbers(product)
+    if product.row_scale is not None and values.is_cuda:
+        values = values.bfloat16()  # float32 has no flash attention
+    query, key, value = parts(values, heads)
+    if heads.cosine is not None and heads.sine is not None:
+        cosine, sine = (table[texts.positions][:, None] for table in (heads.cosine, heads.sine))
+        query, key = (_rotated(part, cosine, sine) for part in (query, key))
+    return operand(mix(query, key, value, texts, heads), dtype)
+
+
+def parts(values: Tensor, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values [T, heads or key heads, width] of [T, (heads + 2 key heads) * width]: views."""
     rows = values.view(len(values), -1, heads.width)
     query, key, value = torch.split(rows, [heads.heads, heads.key_heads, heads.key_heads], dim=1)
-    counts = torch.tensor(lengths, dtype=torch.int64, device=values.device)
-    starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-    if heads.cosine is not None and heads.sine is not None:
-        first = starts[:-1].repeat_interleave(counts, output_size=len(values))
-        positions = torch.arange(len(values), device=values.device) - first
-        cosine, sine = (table[positions][:, None] for table in (heads.cosine, heads.sine))
-        query, key = (_rotated(part, cosine, sine) for part in (query, key))
-    longest = max(lengths, default=0)
-    mixed = packed_attention(query, key, value, starts.int(), longest, heads.causal, heads.scale)
-    return operand(mixed.reshape(len(values), -1), dtype)
+    return query, key, value
+
+
+def mix(query: Tensor, key: Tensor, value: Tensor, texts: Texts, heads: Heads) -> Tensor:
+    """Attention within each text, [T, heads * width]."""
+    mixed = packed_attention(query, key, value, texts.starts, texts.longest, heads.causal, heads.scale)
+    return mixed.reshape(len(mixed), -1)
 
 
 def _rotated(rows: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+import torch
 from torch import Tensor
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
@@ -67,3 +70,36 @@ class Heads:
     def scale(self) -> float:
         """Factor of a product of query and key."""
         return float(self.width**-0.5)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Where the texts of a packed batch lie. Made once a batch, so that its layers need not tell the GPU again.
+
+    Args:
+        lengths: tokens of each text.
+        device: where ``starts`` and ``positions`` are.
+    """
+
+    lengths: Sequence[int]
+    device: torch.device
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest text."""
+        return max(self.lengths, default=0)
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """int32 [texts + 1]: text i is tokens starts[i] to starts[i + 1]."""
+        counts = torch.tensor([0, *self.lengths], dtype=torch.int64)
+        starts = counts.cumsum(0).int()
+        # from pinned memory, or the host would wait for all that the stream has to do
+        return starts if self.device.type == "cpu" else starts.pin_memory().to(self.device, non_blocking=True)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """int64 [T]: each text starts at 0."""
+        starts, tokens = self.starts, sum(self.lengths)
+        first = starts[:-1].repeat_interleave(starts.diff(), output_size=tokens)
+        return torch.arange(tokens, device=self.device) - first

@@ -218,7 +218,8 @@ def _compact_block(
         tl.store(kept_probability + to, tl.load(probability + place, mask=kept, other=0.0), mask=kept)
 
 
-score_kernel = triton.jit(_score_block)
-runs_kernel = triton.jit(_score_runs)
-count_kernel = triton.jit(_count_block)
-compact_kernel = triton.jit(_compact_block)
+# One build for all numbers of rows and pairs, whatever divides them: they are only compared with.
+score_kernel = triton.jit(_score_block, do_not_specialize=["left_rows", "right_rows", "pairs"])
+runs_kernel = triton.jit(_score_runs, do_not_specialize=["left_rows", "right_rows", "pairs"])
+count_kernel = triton.jit(_count_block, do_not_specialize=["pairs"])
+compact_kernel = triton.jit(_compact_block, do_not_specialize=["pairs"])

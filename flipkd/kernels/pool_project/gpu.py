@@ -126,7 +126,8 @@ def _pool_project_texts(
     tl.store(finite + text, is_finite.to(tl.uint8), mask=valid)
 
 
-_kernel = triton.jit(_pool_project_texts)
+# Batches differ in texts and tokens, and the kernel is not the better for knowing what divides their numbers.
+_kernel = triton.jit(_pool_project_texts, do_not_specialize=["texts", "tokens"])
 
 
 def constants(width: int, dim: int) -> dict[str, int]:
