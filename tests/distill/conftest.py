@@ -48,7 +48,8 @@ def make_config(tmp_path: Path, base_dir: Path, pairs_dir: Path) -> MakeConfig:
         student = StudentOptions(str(base_dir), **{"layer": 2, "dimension": 8, "rank": 4, **options.pop("student", {})})
         usual: dict[str, Any] = {
             "pairs": str(pairs_dir), "output": str(tmp_path / "run"), "student": student, "steps": 6, "batch_pairs": 16,
-            "evaluate_every": 3, "checkpoint_every": 2, "log_every": 1, "device": "cpu",
+            "evaluate_every": 3, "log_every": 1, "device": "cpu",
+            "checkpoint_every": 6,  # the curve is drawn with each: longer than a step
             # Small models gain nothing from more, and OpenMP's busy waiting is slow on a shared machine.
             "run": RunOptions(threads=1),
         }  # fmt: skip
