@@ -1,7 +1,8 @@
 """Does the method work? Scores of every method against labels, on splits in which nothing leaks.
 
     python -m benchmarks.quality [--quick] [--datasets icd9,sec_names] [--methods flip,cosent] [--seeds 0,1,2]
-                                 [--labels 1,0.1] [--split test] [--steps N] [--device cuda] [--jobs N]
+                                 [--labels 1,0.1] [--split test] [--steps N] [--batch-pairs N] [--options JSON]
+                                 [--device cuda] [--jobs N]
                                  [--work FOLDER] [--results FILE]
 
 The data sets stand in ``benchmarks.quality_sets``. The split is the same for every seed.
@@ -128,7 +129,16 @@ def run(tasks: Sequence[Task], settings: Settings, work: Path, results: Results,
     """Computes the rows that are missing, ``jobs`` at a time; returns what failed, each with its reason."""
     wanted = [task for task in tasks if not results.has(task)]
     # What others wait for comes first: teachers, then the longest trainings; no row waits for a string similarity.
-    wanted.sort(key=lambda task: (task.method not in TEACHERS, task.method not in ("lm", "flip_lm"), task.method))
+    # A set that others' models are tried on comes last.
+    wanted.sort(
+        key=lambda task: (
+            task.method not in TEACHERS,
+            DATASETS[task.dataset].trained_on is not None,
+            task.method not in ("lm", "flip_lm"),
+            task.method == "flip_decoder",
+            task.method,
+        )
+    )
     if jobs == 1:
         for task in wanted:
             results.add(_row(task, settings, work, None))
@@ -165,6 +175,8 @@ def main() -> None:
     parser.add_argument("--split", choices=("validation", "test"), default="test")
     parser.add_argument("--steps", type=int, default=Settings.steps, help="of every student")
     parser.add_argument("--teacher-steps", type=int, default=Settings.teacher_steps)
+    parser.add_argument("--batch-pairs", type=int, default=Settings.batch_pairs, help="of teachers and students")
+    parser.add_argument("--options", type=json.loads, default={}, help="""as in '{"student": {"layer": 10}}'""")
     parser.add_argument("--dtype", choices=("float32", "bf16"), default=Settings.dtype, help="of the students' blocks")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=Settings.device)
     parser.add_argument("--seeds", type=lambda value: [int(seed) for seed in value.split(",")], default=[0])
@@ -185,9 +197,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         settings, work, path = replace(QUICK, device=arguments.device), Path(scratch), Path(scratch) / "quality.json"
         if not arguments.quick:
-            settings = Settings(
-                arguments.steps, arguments.teacher_steps, dtype=arguments.dtype, device=arguments.device
-            )
+            names = ("steps", "teacher_steps", "batch_pairs", "dtype", "device", "options")
+            settings = Settings(**{name: getattr(arguments, name) for name in names})
             work, path = arguments.work.resolve(), arguments.results
         work.mkdir(mode=0o700, parents=True, exist_ok=True)
         results = Results(path, settings)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from flipkd.config import EncoderOptions, RunOptions, TeachConfig
 from flipkd.demo.evaluation import quality, string_similarity
 from flipkd.demo.pair_sets import PairSet, PairSplits, write_pairs
 from flipkd.demo.teacher import FineTuning, fine_tune_teacher
-from flipkd.distill.config import TrainConfig
+from flipkd.distill.config import LossOptions, TrainConfig
 from flipkd.models.options import StudentOptions
 
 Scores = npt.NDArray[Any]
@@ -41,6 +41,8 @@ class Settings:
         dtype: what the students' blocks compute in.
         device: ``cpu`` or ``cuda``.
         pairs: of each split, the first ones; None for all.
+        options: of ``StudentOptions`` (``student``), ``LossOptions`` (``loss``) and ``TrainConfig`` (``train``), in
+            place of the defaults, where a method does not say otherwise.
         negatives: which ones the data sets hold; to be changed when they change.
     """
 
@@ -51,6 +53,7 @@ class Settings:
     dtype: str = "float32"
     device: str = "cpu"
     pairs: int | None = None
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
     negatives: str = "siblings or similar names, and nearest neighbours"
 
 
@@ -206,7 +209,8 @@ class Trial:
         return student
 
     def _student(self, **changed: Any) -> StudentOptions:
-        values = {"layer": self._settings.layer, "dtype": self._settings.dtype, **changed}
+        settings = self._settings
+        values = {"layer": settings.layer, "dtype": settings.dtype, **settings.options.get("student", {}), **changed}
         return StudentOptions(str(smollm2_folder()), **values)
 
     def _teacher(self, kind: str = "encoder") -> tuple[Path, float]:
@@ -245,15 +249,19 @@ class Trial:
             "steps": settings.steps,
             "batch_pairs": settings.batch_pairs,
             "unlabelled_batch_pairs": settings.batch_pairs,
+            **settings.options.get("train", {}),
             **student.train,
         }
+        usual, own = LossOptions(), student.loss
+        changed = settings.options.get("loss", {})
+        loss = replace(own, **{name: v for name, v in changed.items() if getattr(own, name) == getattr(usual, name)})
         config = TrainConfig(
             pairs=str(self._teach(pairs / "train", student.teacher)),
             validation=str(self._teach(pairs / "validation", student.teacher)),
             unlabelled=unlabelled,
             output=str(self._work / "runs" / run),
-            student=self._student(whole_tower=student.loss.trains_language_model, **student.student),
-            loss=student.loss,
+            student=self._student(whole_tower=loss.trains_language_model, **student.student),
+            loss=loss,
             evaluate_every=max(1, values["steps"] // 6),
             checkpoint_every=values["steps"],
             seed=self._seed,
