@@ -14,7 +14,8 @@ Nothing is tuned at run time: the tile of tokens and the number of warps decide 
 so a choice by stopwatch could change last bits from one process to the next. They follow from width and r alone. The
 number of texts a program has does not touch a text's own sums.
 
-Tested in Triton's interpreter and compiled for sm_90; never run on a GPU so far.
+Tested in Triton's interpreter and on an H200, where it took 1.45 times as long as torch.compile's kernels for the
+same steps: too few loads are under way at a time.
 """
 
 # ruff: noqa: N803  (Triton constants are upper case)
