@@ -25,8 +25,8 @@ CUDA graphs: the flash kernels read ``cu_seqlens`` on the device, and ``max_leng
 captured graph keeps. Capture with the bound of a shape, and fill unused places of ``cu_seqlens`` with its last number,
 which are texts without tokens. The way by lengths reads ``cu_seqlens`` on the host, so it cannot be captured.
 
-The flash path of PyTorch 2.11 is tested on an H200, forwards and backwards, against the way by lengths, and that against
-dense attention. flash-attn's was not run.
+The flash path of PyTorch 2.11 is tested on an H200, forwards and backwards, against the way by lengths, and that
+against dense attention. flash-attn's was not run.
 """
 
 from __future__ import annotations

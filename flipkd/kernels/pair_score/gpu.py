@@ -24,8 +24,8 @@ _COMPACT_BLOCK = 1024  # scores that a program counts or moves
 _SAMPLE = 1 << 14  # pairs that are looked at to see whether they come in runs
 _RUN = 4  # pairs per left row, on average, from which on the kernel for runs is taken
 
-# The few shapes worth trying, by the compiler's register counts; each GPU tunes for itself (an H200 takes 32 pairs and 4
-# warps). The first is the one for small calls.
+# The few shapes worth trying, by the compiler's register counts; each GPU tunes for itself (an H200 takes 32 pairs and
+# 4 warps). The first is the one for small calls.
 _CONFIGS = [
     triton.Config({"BLOCK_PAIRS": pairs}, num_warps=warps)
     for pairs, warps in ((64, 4), (32, 4), (128, 4), (32, 2), (128, 8))
