@@ -41,10 +41,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.cascade_prefixes import sharing
-from benchmarks.common import machine, report, versions
+from benchmarks.common import machine, report, save_svg, svg_figure, versions
 from benchmarks.quality import names_of
-from benchmarks.quality_sets import DATASETS
-from benchmarks.quality_trial import some_pairs
+from benchmarks.quality_sets import DATASETS, some_pairs
 from flipkd.assets import minilm_folder, smollm2_folder
 from flipkd.config import EncoderOptions, RunOptions, ScoreConfig
 from flipkd.data.calibration import Sigmoid, as_json, probabilities
@@ -278,12 +277,7 @@ def gains(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """F1 over the share of pairs that were asked, a line for each data set and encoder, as SVG."""
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-    FigureCanvasSVG(figure)
+    figure = svg_figure(6.4, 3.6)
     axes = figure.subplots()
     lines: dict[str, list[float]] = {}
     for row in rows:
@@ -295,10 +289,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes.set_ylabel("F1 on the test pairs")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Names of elements from the content: the same rows give the same file.
-    with matplotlib.rc_context({"svg.hashsalt": "flipkd"}):
-        figure.savefig(path, format="svg", metadata={"Date": None})
+    save_svg(figure, path)
 
 
 def main() -> None:

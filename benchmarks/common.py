@@ -86,6 +86,25 @@ def say(row: Mapping[str, Any]) -> None:
     print(json.dumps(row), flush=True)
 
 
+def svg_figure(width: float, height: float) -> Any:
+    """Return an empty matplotlib figure of so many inches, without a window; see ``save_svg``."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasSVG(figure)
+    return figure
+
+
+def save_svg(figure: Any, path: Path) -> None:
+    """Write a figure of ``svg_figure``: the same file for the same figures (no date, names from the content)."""
+    import matplotlib
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context({"svg.hashsalt": "flipkd"}):
+        figure.savefig(path, format="svg", metadata={"Date": None})
+
+
 def machine() -> dict[str, Any]:
     """Return the processor's name, the CPUs this process may use, memory in GiB, the GPU if PyTorch sees one."""
     found: dict[str, Any] = {"processor": _processor(), "cpus": len(os.sched_getaffinity(0))}

@@ -186,6 +186,7 @@ def measure(
 def quality_by_dtype(work: Path) -> tuple[list[dict[str, Any]], float]:
     """F1 of trained encoders in each arithmetic, and the most points that int8 loses against bf16."""
     from benchmarks.quality_sets import read_pairs
+    from benchmarks.quality_trial import Settings, pairs_folder
     from flipkd.demo.evaluation import quality
     from flipkd.models.encoder import load_encoder
     from flipkd.models.export import export
@@ -194,7 +195,8 @@ def quality_by_dtype(work: Path) -> tuple[list[dict[str, Any]], float]:
     lost = []
     for trial in sorted(work.glob("*-labels-1-seed-*")):
         dataset = trial.name.partition("-labels-")[0]
-        validation, test = (read_pairs(work / "pairs" / dataset / f"{name}.parquet") for name in ("validation", "test"))
+        pairs_of = pairs_folder(work, Settings()) / dataset
+        validation, test = (read_pairs(pairs_of / f"{name}.parquet") for name in ("validation", "test"))
         with tempfile.TemporaryDirectory() as folder:
             export(str(trial / "runs" / "flip"), f"{folder}/student")
             for name, path in (("teacher", trial / "teacher-encoder"), ("flip", Path(folder) / "student")):

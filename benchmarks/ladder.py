@@ -44,7 +44,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.common import report
+from benchmarks.common import report, save_svg, svg_figure
 from benchmarks.encode import record_texts
 from benchmarks.ladder_peers import PEERS
 from flipkd.assets import minilm_folder
@@ -155,13 +155,8 @@ def killed_and_resumed(folder: Path, cold_seconds: float) -> tuple[float, Path]:
 
 def picture(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     """Bars of seconds, one a rung, on a logarithmic axis."""
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    from matplotlib import pyplot
-
-    mpl.rcParams["svg.hashsalt"] = "flipkd"  # the same file for the same figures
-    figure, axes = pyplot.subplots(figsize=(8, 3.2), layout="constrained")
+    figure = svg_figure(8, 3.2)
+    axes = figure.subplots()
     labels = [row["rung"] for row in rows][::-1]
     seconds = [row["seconds"] for row in rows][::-1]
     colours = ["#1f6f8b" if label[3:].startswith("flipkd") else "#b8b8b8" for label in labels]
@@ -170,7 +165,7 @@ def picture(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     axes.set(xscale="log", xlabel="seconds, whole process, Parquet to Parquet (shorter is better)", title=title)
     axes.set_xlim(right=max(seconds) * 3)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, metadata={"Date": None})
+    save_svg(figure, path)
 
 
 def main() -> None:

@@ -98,6 +98,11 @@ def with_nearest(pairs: PairSet, encode: Encode) -> PairSet:
     return pair_set([*_rows(pairs), *found])
 
 
+def some_pairs(pairs: PairSet, count: int) -> PairSet:
+    """Some pairs of both classes, whatever their order."""
+    return pairs.take(np.random.default_rng(0).permutation(len(pairs))[:count])
+
+
 def some_groups(pairs: PairSet, share: float) -> PairSet:
     """The pairs of some groups; a smaller share is part of a larger one."""
     groups = sorted(set(pairs.group))

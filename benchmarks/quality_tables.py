@@ -13,12 +13,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import save_svg, svg_figure
 from benchmarks.quality import summary
 from benchmarks.quality_methods import METHODS
 
 _RESULTS = Path(__file__).parent / "results" / "quality.json"
-_DRAWN = {"teacher": "small model (teacher)", "cosent": "student on labels (CoSENT)", "flip": "student, flipped"}
-_DRAWN_MORE = {"flip_unlabelled": "student, flipped, with unlabelled pairs"}
+_DRAWN = {
+    "teacher": "small model (teacher)",
+    "cosent": "student on labels (CoSENT)",
+    "flip": "student, flipped",
+    "flip_unlabelled": "student, flipped, with unlabelled pairs",
+}
 
 
 def main_table(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -75,17 +80,12 @@ def sweep_table(rows: Iterable[Mapping[str, Any]]) -> str:
 
 def draw(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
     """F1 over the share of known labels, a panel for each data set, as SVG."""
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
     lines = [line for line in summary(rows) if line["split"] == "test"]
     shares = {dataset: {line["labels"] for line in lines if line["dataset"] == dataset} for dataset in _names(lines)}
     datasets = [dataset for dataset, found in shares.items() if len(found) > 1]
-    figure = Figure(figsize=(3.6 * len(datasets), 3.4), layout="constrained")
-    FigureCanvasSVG(figure)
+    figure = svg_figure(3.6 * len(datasets), 3.4)
     for axes, dataset in zip(figure.subplots(1, len(datasets), squeeze=False)[0], datasets, strict=True):
-        for method, label in {**_DRAWN, **_DRAWN_MORE}.items():
+        for method, label in _DRAWN.items():
             points = sorted(
                 (line["labels"], line["f1"]) for line in lines if (line["dataset"], line["method"]) == (dataset, method)
             )
@@ -99,10 +99,7 @@ def draw(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("F1 on the test pairs")
     figure.axes[0].legend(frameon=False, fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Names of elements from the content: the same rows give the same file.
-    with matplotlib.rc_context({"svg.hashsalt": "flipkd"}):
-        figure.savefig(path, format="svg", metadata={"Date": None})
+    save_svg(figure, path)
 
 
 def _names(lines: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -3,30 +3,42 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from filelock import FileLock
 
 from benchmarks.quality_methods import STUDENTS, TEACHERS, Student
-from benchmarks.quality_sets import DATASETS, Encode, read_pairs, some_groups, unlabelled_pairs, with_nearest
-from benchmarks.quality_teachers import fine_tune_cross_encoder
+from benchmarks.quality_scores import (
+    Score,
+    answers,
+    block_parameters,
+    cosines,
+    cross_scores,
+    encode_with,
+    parameters_run,
+    saved_parameters,
+)
+from benchmarks.quality_sets import (
+    DATASETS,
+    Encode,
+    read_pairs,
+    some_groups,
+    some_pairs,
+    unlabelled_pairs,
+    with_nearest,
+)
 from flipkd import teach
 from flipkd.assets import minilm_folder, smollm2_folder
 from flipkd.config import EncoderOptions, RunOptions, TeachConfig
 from flipkd.demo.evaluation import quality, string_similarity
-from flipkd.demo.pair_sets import PairSet, PairSplits, write_pairs
+from flipkd.demo.pair_sets import PairSplits, write_pairs
 from flipkd.demo.teacher import FineTuning, fine_tune_teacher
 from flipkd.distill.config import LossOptions, TrainConfig
 from flipkd.models.options import StudentOptions
-
-Scores = npt.NDArray[Any]
-Score = Callable[[PairSet], Scores]
+from flipkd.run.units import fingerprint
 
 
 @dataclass(frozen=True)
@@ -73,6 +85,11 @@ class Method:
     parameters: int = 0
 
 
+def pairs_folder(work: Path, settings: Settings) -> Path:
+    """Where the pairs of all data sets lie, in a folder each: ``train.parquet``, and so on."""
+    return work / f"pairs-{fingerprint({'pairs': settings.pairs, 'negatives': settings.negatives})[:8]}"
+
+
 class Trial:
     """What several methods need is made once, on disk too: several processes may work on one trial.
 
@@ -90,10 +107,9 @@ class Trial:
     ) -> None:
         self._data, self._seed, self._settings, self._labels = DATASETS[dataset], seed, settings, labels
         self._trained_on = self._data.trained_on or dataset
-        self._root, self._sets = work, work / "pairs"
-        self._splits_of = dataset
-        steps = f"{settings.teacher_steps}-{settings.steps}-{settings.dtype}-{settings.device}"
-        self._work = work / f"{self._trained_on}-labels-{labels:g}-seed-{seed}-steps-{steps}"
+        self._dataset, self._root, self._sets = dataset, work, pairs_folder(work, settings)
+        kind = fingerprint(asdict(settings))[:8]
+        self._work = work / f"{self._trained_on}-labels-{labels:g}-seed-{seed}-{kind}"
         self._run = RunOptions(progress=threads is None, threads=threads)
 
     def row(self, method: str, split: str = "test") -> dict[str, Any]:
@@ -125,7 +141,7 @@ class Trial:
 
     @cached_property
     def _splits(self) -> PairSplits:
-        return self._read_splits(self._splits_of)
+        return self._read_splits(self._dataset)
 
     @cached_property
     def _training(self) -> PairSplits:
@@ -158,7 +174,7 @@ class Trial:
         return folder
 
     def _minilm(self) -> Encode:
-        return _encoder(minilm_folder(), self._settings.device)
+        return encode_with(minilm_folder(), self._settings.device)
 
     def _prepared(self, method: str) -> Method:
         if method == "token_set_ratio":
@@ -168,34 +184,28 @@ class Trial:
         if method in TEACHERS:
             kind = "encoder" if method == "teacher" else method.split("_")[0]
             folder, seconds = self._teacher(kind)
-            ready = self._cross(folder) if kind == "cross" else self._small(folder)
+            if kind == "cross":
+                score = cross_scores(folder, self._settings.device)
+                ready = Method(score, parameters=saved_parameters(folder))
+            else:
+                ready = self._small(folder)
             return replace(ready, seconds=seconds, steps=self._settings.teacher_steps)
         from flipkd.models.adapter import load_student
 
         if method == "untrained":
             student = self._untrained()
-            return Method(_cosines(student.encode), parameters=parameters_run(student))
+            return Method(cosines(student.encode), parameters=parameters_run(student))
         wanted = STUDENTS[method]
         summary = self._train(wanted.run or method, wanted)
         trained: dict[str, Any] = {"steps": summary["steps"], "seconds": summary["seconds"]}
         student = load_student(Path(summary["output"]) / "adapter", device=self._settings.device)
         if wanted.answers:
-            score = _answers(summary["output"], self._settings.device)
-            return Method(score, parameters=_block_parameters(student), **trained)
-        return Method(_cosines(student.encode), parameters=parameters_run(student), **trained)
-
-    def _cross(self, folder: Path) -> Method:
-        from flipkd.models.cross_encoder import load_cross_encoder
-
-        model = load_cross_encoder(folder, device=self._settings.device)
-
-        def score(pairs: PairSet) -> Scores:
-            return model.score_pairs(pairs.left_text, pairs.right_text).scores
-
-        return Method(score, parameters=_saved_parameters(folder))
+            score = answers(summary["output"], self._settings.device)
+            return Method(score, parameters=block_parameters(student), **trained)
+        return Method(cosines(student.encode), parameters=parameters_run(student), **trained)
 
     def _small(self, folder: Path) -> Method:
-        return Method(_cosines(_encoder(folder, self._settings.device)), parameters=_saved_parameters(folder))
+        return Method(cosines(encode_with(folder, self._settings.device)), parameters=saved_parameters(folder))
 
     def _untrained(self) -> Any:
         from flipkd.distill.gradients import Workers
@@ -263,7 +273,7 @@ class Trial:
             student=self._student(whole_tower=loss.trains_language_model, **student.student),
             loss=loss,
             evaluate_every=max(1, values["steps"] // 6),
-            checkpoint_every=values["steps"],
+            checkpoint_every=max(1, values["steps"] // 12),
             seed=self._seed,
             device=settings.device,
             run=self._run,
@@ -277,60 +287,3 @@ def _beside(path: Path) -> Path:
     """The lock of what is made at ``path``."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     return path.with_name(f".{path.name}.making")
-
-
-def parameters_run(student: Any) -> int:
-    """Weights that are run for a text: those of blocks 0..k-1 (LoRA merged) and A."""
-    return _block_parameters(student, student.layer) + int(student.projection.numel())
-
-
-def _block_parameters(student: Any, layers: int | None = None) -> int:
-    blocks = list(student.decoder.layers)[:layers]
-    named = (each for block in blocks for each in block.named_parameters())
-    return sum(weight.numel() for name, weight in named if "lora_" not in name)
-
-
-def _saved_parameters(folder: Path) -> int:
-    """Weights of a saved BERT, but for its embeddings."""
-    from safetensors import safe_open
-
-    with safe_open(next(folder.rglob("model.safetensors")), "np") as file:
-        names = [name for name in file.keys() if "embeddings" not in name]  # noqa: SIM118
-        return sum(int(np.prod(file.get_slice(name).get_shape())) for name in names)
-
-
-def some_pairs(pairs: PairSet, count: int) -> PairSet:
-    """Some pairs of both classes, whatever their order."""
-    return pairs.take(np.random.default_rng(0).permutation(len(pairs))[:count])
-
-
-def _encoder(folder: Path, device: str) -> Encode:
-    from flipkd.models.encoder import load_encoder
-
-    return load_encoder(folder, device=device).encode
-
-
-def _cosines(encode: Encode) -> Score:
-    """Scores pairs by the cosine of their texts' unit vectors; each distinct text is encoded once."""
-
-    def score(pairs: PairSet) -> Scores:
-        texts = list(dict.fromkeys([*pairs.left_text, *pairs.right_text]))
-        vectors, places = encode(texts), {text: place for place, text in enumerate(texts)}
-        left, right = ([places[text] for text in side] for side in (pairs.left_text, pairs.right_text))
-        scores: Scores = np.einsum("pd,pd->p", vectors[left], vectors[right])
-        return scores
-
-    return score
-
-
-def _answers(run: str, device: str) -> Score:
-    """Scores pairs by the decoder's P(match)."""
-    from flipkd.models.llm import load_llm
-    from flipkd.models.llm_options import LlmOptions
-
-    llm = load_llm(LlmOptions(run, device=device))
-
-    def score(pairs: PairSet) -> Scores:
-        return llm.score_pairs(list(pairs.left_text), list(pairs.right_text)).probabilities
-
-    return score

@@ -32,7 +32,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.common import report
+from benchmarks.common import report, save_svg, svg_figure
 
 DIM = 128
 FILE_PAIRS = 10_000_000
@@ -169,19 +169,14 @@ def measure(root: Path, pairs: int, records: int) -> tuple[dict[str, Any], bool]
 
 def picture(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Seconds over pairs, both logarithmic, with a line of slope one."""
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    from matplotlib import pyplot
-
-    mpl.rcParams["svg.hashsalt"] = "flipkd"
-    figure, axes = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
+    figure = svg_figure(6, 3.6)
+    axes = figure.subplots()
     pairs, seconds = ([row[name] for row in rows] for name in ("pairs", "seconds"))
     axes.loglog(pairs, seconds, "o-", color="#1f6f8b", label="flipkd-batch score")
     axes.loglog(pairs, [seconds[-1] * count / pairs[-1] for count in pairs], "--", color="#999999", label="linear")
     axes.set(xlabel="pairs", ylabel="seconds", title="Ids in, scores out")
     axes.legend()
-    figure.savefig(path, metadata={"Date": None})
+    save_svg(figure, path)
 
 
 def main() -> None:

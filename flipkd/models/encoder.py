@@ -24,6 +24,7 @@ from flipkd.models.progress import tell
 from flipkd.models.tokenizer import load_tokenizer, longest_input, text_tokenizer
 from flipkd.models.tokens import TextTokenizer, TokenizedTexts
 from flipkd.models.trust import check_code
+from flipkd.models.vector_size import output_width
 from flipkd.vectors.rows import STORAGE, VectorRows, quantise
 
 if TYPE_CHECKING:
@@ -232,7 +233,7 @@ def load_encoder(
     from flipkd.kernels.packed_attention import runs
     from flipkd.models.backbone import Backbone, load_backbone
     from flipkd.models.fused_rows import load_fused_rows
-    from flipkd.models.pooling import load_head, output_width, pool_packed
+    from flipkd.models.pooling import load_head, pool_packed
 
     place = find_device(device)
     transformers_tokenizer = load_tokenizer(settings, trust_remote_code)

@@ -205,15 +205,6 @@ def read_folder(folder: str | Path) -> ModelFolder:
         return _read_folder(path)
 
 
-def vector_size(folder: ModelFolder) -> int | None:
-    """Numbers in a vector, by the configuration alone; None where that does not say."""
-    sizes = [step.out_features for step in folder.steps if isinstance(step, DenseSettings)]
-    if not sizes:
-        width = read_json(folder.transformer_path / "config.json").get("hidden_size")
-        sizes = [width * len(folder.pooling_modes)] if isinstance(width, int) else []
-    return min(sizes[-1], folder.truncate_dim or sizes[-1]) if sizes else None
-
-
 def _read_folder(path: Path) -> ModelFolder:
     main = read_json(path / "config_sentence_transformers.json")
     kind = main.get("model_type", "SentenceTransformer")

@@ -67,19 +67,6 @@ def pool(states: Tensor, modes: tuple[str, ...], skip: int = 0) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
-def output_width(folder: ModelFolder, width: int) -> int:
-    """Size of the final vector, for token vectors of ``width``."""
-    width *= len(folder.pooling_modes)
-    for step in folder.steps:
-        if isinstance(step, DenseSettings):
-            if step.in_features != width:
-                raise ModelError(
-                    f"{step.path}/config.json: in_features is {step.in_features}, but its input has {width}"
-                )
-            width = step.out_features
-    return min(width, folder.truncate_dim or width)
-
-
 def load_head(folder: ModelFolder, device: torch.device) -> list[Head]:
     """Loads the steps after pooling, each a function float32 [texts, n] to float32 [texts, m]."""
     return [_normalize if isinstance(step, NormalizeSettings) else _load_dense(step, device) for step in folder.steps]

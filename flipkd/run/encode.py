@@ -58,7 +58,8 @@ class EncodePlan:
 
 def _row_bytes(config: EncodeConfig) -> int:
     """Bytes of a record in the store, estimated: its vector, and id, scale, status and place in the index."""
-    from flipkd.models.folder import read_folder, vector_size
+    from flipkd.models.folder import read_folder
+    from flipkd.models.vector_size import vector_size
 
     size = vector_size(read_folder(config.encoder.folder)) or 1024
     return size * {"float32": 4, "bf16": 2, "int8": 1}[config.dtype] + 64

@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -107,12 +108,20 @@ def _embed(python: Path, folder: Path, texts: Sequence[str], work: Path, dtype: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "bound"), [("auto", 0.999), ("float32", 0.9999)])
+@pytest.mark.parametrize(
+    ("dtype", "bound", "attention"), [("auto", 0.999, "causal"), ("float32", 0.9999, "causal"), ("auto", 0.999, "full")]
+)
 def test_vllm_gives_our_vectors(
-    vllm_python: Path, smollm2_dir: Path, icd9: list[tuple[str, str, str]], tmp_path: Path, dtype: str, bound: float
+    vllm_python: Path,
+    smollm2_dir: Path,
+    icd9: list[tuple[str, str, str]],
+    tmp_path: Path,
+    dtype: str,
+    bound: float,
+    attention: Literal["causal", "full"],
 ) -> None:
     """``auto`` is what anyone gets who says nothing: float16 for what is stored as float32."""
-    student = shaken(new_student(StudentOptions(str(smollm2_dir), layer=10)))
+    student = shaken(new_student(StudentOptions(str(smollm2_dir), layer=10, attention=attention)))
     texts = [text for row in random.Random(9).sample(icd9, 9) for text in row[1:]] + ["a", "fièvre jaune 😀 糖尿病"]
     export_student(student, tmp_path / "encoder", texts)
     wanted = load_encoder(tmp_path / "encoder").encode(texts)

@@ -13,8 +13,9 @@ import pytest
 from click.testing import CliRunner
 
 from flipkd.cli import main
-from flipkd.models.folder import read_folder, vector_size
+from flipkd.models.folder import read_folder
 from flipkd.models.settings import DenseSettings, NormalizeSettings
+from flipkd.models.vector_size import vector_size
 
 
 @pytest.fixture(scope="module")
