@@ -12,6 +12,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["DO_NOT_TRACK"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # workers share the cores; threads that wait by spinning would slow all
+    cores = len(os.sched_getaffinity(0)) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores)))
 os.environ.pop("TOKENIZERS_PARALLELISM", None)  # what a user's shell has: our code must not depend on it
 
 import pyarrow as pa
@@ -21,7 +24,17 @@ import pytest
 from flipkd.assets import icd9_descriptions, minilm_folder, smollm2_folder
 from tests.small_models import make_base
 
+# Nodes on one machine choose their ports as they start, so that two clusters must not start at one time.
+STARTS_RAY = ("run/test_cluster.py", "run/test_metrics.py", "privacy/test_ray.py", "distill/test_cluster.py")
+
 WriteParquet = Callable[..., Path]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of one file run in one process, as their fixtures are made for all of them; so do all that start Ray."""
+    for item in items:
+        file = item.path.relative_to(Path(__file__).parent).as_posix()
+        item.add_marker(pytest.mark.xdist_group("ray" if file in STARTS_RAY else file))
 
 
 @pytest.fixture(scope="session")

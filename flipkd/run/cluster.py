@@ -88,7 +88,7 @@ class _UnitActor:
         # Ray counts the deaths of an actor, not those that a unit caused, and an actor may die often in a long job on
         # machines that come and go. So each start of a unit is noted; the note goes when the unit ends.
         note = note_name(unit)
-        tries = (read_json(self._output, note) or {"tries": 0})["tries"]
+        tries = (read_json(self._output, note, tries=int) or {"tries": 0})["tries"]
         if tries > self._max_retries:
             error = ClusterError(
                 f"the worker died {tries} times, more than --max-retries {self._max_retries} allows, at "

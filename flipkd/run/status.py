@@ -108,7 +108,7 @@ def _stage_folders(output: Location) -> list[Location]:
 
 def _progress(output: Location) -> dict[str, Any] | None:
     """From the plan, and the footers of what is there."""
-    plan = read_json(output, PLAN, fingerprint=str, kind=str, units=int, rows=int, started=float)
+    plan = read_json(output, PLAN, fingerprint=str, kind=str, unit_name=str, units=int, rows=int, started=float)
     if plan is None:
         return None
     names, _ = list_outputs(output)

@@ -192,6 +192,15 @@ class TestJobs:
 
         check()
 
+    def test_a_value_is_missing_in_a_manifest_or_plan(self, job: ScoreConfig) -> None:
+        for name in (MANIFEST, PLAN):
+            path = Path(job.output) / name
+            whole = json.loads(path.read_text())
+            for missing in whole:
+                path.write_text(json.dumps({key: value for key, value in whole.items() if key != missing}))
+                ends_clearly(lambda: status(job.output), InputError, str(path), "not an output")
+            path.write_text(json.dumps(whole))
+
     def test_store_header(self, job: ScoreConfig, monkeypatch: pytest.MonkeyPatch) -> None:
         path = Path(str(job.store)) / HEADER_FILE
         whole = json.loads(path.read_text())
