@@ -26,9 +26,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flipkd.errors import ModelError
+from flipkd.models.options import POOLING_MODES
 from flipkd.models.student import Student, cut_config
 
-_POOLING_MODES = {"mean": "mean", "last": "lasttoken"}
 # The release whose formats these are: sentence-transformers warns if it is older than the release named here.
 _FORMAT_VERSION = "6.2.0"
 _MODULES = (
@@ -108,7 +108,7 @@ def write_modules(student: Student, folder: Path) -> None:
         folder / "1_Pooling" / "config.json",
         {
             "embedding_dimension": width,
-            "pooling_mode": _POOLING_MODES[student.options.pooling],
+            "pooling_mode": POOLING_MODES[student.options.pooling],
             "include_prompt": True,
         },
     )

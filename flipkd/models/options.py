@@ -9,10 +9,12 @@ from typing import Any, Literal
 from flipkd.errors import ConfigError
 
 PROMPT_VERSIONS = (1, 2)
+# As sentence-transformers and ``flipkd.models.pooling`` call them.
+POOLING_MODES = {"mean": "mean", "last": "lasttoken", "weighted": "weightedmean"}
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _KNOWN = {
     "projection": ("q", "k", "v"),
-    "pooling": ("mean", "last"),
+    "pooling": tuple(POOLING_MODES),
     "attention": ("causal", "full"),
     "dtype": ("float32", "bf16"),
 }
@@ -31,7 +33,8 @@ class StudentOptions:
         dropout: of LoRA's input.
         target_modules: linear layers of blocks 0..k-1 that have LoRA.
         projection: whose A is read at layer k: ``q``, ``k`` or ``v``.
-        pooling: over a text's tokens, ``mean`` or ``last``.
+        pooling: over a text's tokens: ``mean``; ``last``; or ``weighted``, the mean with weights 1, 2, 3, ... (SGPT,
+            arXiv 2202.08904: under causal attention later tokens have seen more). vLLM does not know the last one.
         attention: of the blocks where they encode: ``causal``, as the base was trained, or ``full``: a token sees the
             tokens after it too. Where the model answers, it is always causal. Full attention is there for bases
             without sliding windows; the exported folder says ``is_causal: false``, which transformers 5, vLLM and
@@ -51,7 +54,7 @@ class StudentOptions:
     dropout: float = 0.0
     target_modules: tuple[str, ...] = LINEAR_LAYERS
     projection: Literal["q", "k", "v"] = "q"
-    pooling: Literal["mean", "last"] = "mean"
+    pooling: Literal["mean", "last", "weighted"] = "mean"
     attention: Literal["causal", "full"] = "causal"
     max_length: int = 128
     dtype: Literal["float32", "bf16"] = "float32"

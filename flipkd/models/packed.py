@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from flipkd.kernels.packed_attention import packed_attention, runs, takes_flash
+from flipkd.models.options import POOLING_MODES
 from flipkd.models.pooling import pool_packed
 
 ATTENTION = "flipkd_packed"
@@ -82,14 +83,14 @@ def pool_texts(states: Tensor, packed: PackedTexts, pooling: str) -> Tensor:
     Args:
         states: [1, T, width] token vectors.
         packed: where the texts lie.
-        pooling: ``mean`` over a text's tokens, or its ``last`` token.
+        pooling: ``mean``, ``last`` or ``weighted``, see ``StudentOptions``.
     """
     without = len(packed.order) - sum(count for count, _ in packed.groups)
     pooled = [states.new_zeros(without, states.shape[-1]).float()]
     if packed.groups and states.device.type == "cuda":
         pooled.append(pool_by_place(states[0], packed.starts, pooling))
     elif packed.groups:
-        pooled.append(pool_packed(states[0], packed.groups, ("lasttoken" if pooling == "last" else "mean",)))
+        pooled.append(pool_packed(states[0], packed.groups, (POOLING_MODES[pooling],)))
     return torch.cat(pooled)[packed.order.argsort()]
 
 
@@ -99,8 +100,12 @@ def pool_by_place(states: Tensor, starts: Tensor, pooling: str) -> Tensor:
         return states[starts[1:].long() - 1].float()
     lengths = starts.diff().long()
     text_of = torch.repeat_interleave(lengths, output_size=len(states))
-    sums = states.new_zeros(len(lengths), states.shape[-1], dtype=torch.float32).index_add(0, text_of, states.float())
-    return sums / lengths[:, None]
+    values, divisors = states.float(), lengths
+    if pooling == "weighted":
+        weights = torch.arange(1, len(states) + 1, device=states.device) - starts[:-1].long()[text_of]
+        values, divisors = values * weights[:, None], lengths * (lengths + 1) // 2
+    sums = values.new_zeros(len(lengths), states.shape[-1]).index_add(0, text_of, values)
+    return sums / divisors[:, None]
 
 
 def attention_for_transformers(

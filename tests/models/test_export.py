@@ -67,7 +67,7 @@ def test_every_family_gives_the_students_vectors(family: str, tmp_path: Path, to
     window: dict[str, Any] = {"sliding_window": 7} if family in WINDOWED else {}
     base = make_base(tmp_path / "base", tokenizer_dir, 0, CLASSES[family], num_hidden_layers=4, **window)
     projections = ("q", "k", "v")
-    for number, pooling in enumerate(("mean", "last")):
+    for number, pooling in enumerate(("mean", "last", "weighted")):
         attention = "full" if number and family in ("llama", "qwen2", "qwen3") else "causal"
         projection = projections[(len(family) + number) % 3]
         student = make_student(base, pooling=pooling, projection=projection, attention=attention)

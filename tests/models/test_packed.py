@@ -51,7 +51,7 @@ def test_equals_the_whole_padded_model(family: str, attention: Any, tmp_path: Pa
 
     window: dict[str, Any] = {"sliding_window": 7} if family in WINDOWED else {}
     base = make_base(tmp_path / "base", minilm_dir, 0, CLASSES[family], **window)
-    for pooling in ("mean", "last"):
+    for pooling in ("mean", "last", "weighted"):
         options = StudentOptions(str(base), layer=2, dimension=8, rank=4, pooling=pooling, attention=attention)  # type: ignore[arg-type]
         student = shaken(new_student(options))
         ids = student.tokenize(TEXTS).ids
@@ -82,8 +82,9 @@ def test_equals_the_whole_padded_model(family: str, attention: Any, tmp_path: Pa
                 ).hidden_states[2]
                 layer = model.get_base_model().model.layers[2]
                 x = layer.input_layernorm(states)
-                if pooling == "mean":
-                    pooled = (x * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
+                if pooling != "last":
+                    weights = mask if pooling == "mean" else mask * (positions + 1)
+                    pooled = (x * weights[:, :, None]).sum(1) / weights.sum(1, keepdim=True)
                 else:
                     last = [width - 1 if side == "left" else len(text) - 1 for text in ids]
                     pooled = x[torch.arange(len(ids)), last]
@@ -151,7 +152,7 @@ def test_short_and_long_texts_together_in_bf16_are_finite(family: str, tmp_path:
     assert all(torch.isfinite(p.grad).all() for p in student.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("pooling", ["mean", "last"])
+@pytest.mark.parametrize("pooling", ["mean", "last", "weighted"])
 def test_pooling_by_place_is_pooling_by_length(pooling: str) -> None:
     """What a GPU does in a few launches; run on the CPU here, forwards and backwards."""
     generator = torch.Generator().manual_seed(0)
