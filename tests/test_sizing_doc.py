@@ -8,6 +8,7 @@ from dataclasses import fields
 import pytest
 
 from flipkd.config import EncodeConfig, ScoreConfig, TeachConfig
+from flipkd.run.encode import row_bytes
 from flipkd.run.rescore_config import RescoreConfig
 from flipkd.vectors.index import MAX_ROWS
 from flipkd.vectors.layout import store_files
@@ -43,6 +44,11 @@ def test_bytes_of_a_cached_text() -> None:
     at_128, at_384 = (round(segment_bytes(ROWS, dim) / ROWS + times_bytes) for dim in (128, 384))
     assert f"{at_128} bytes for each distinct text, encoder and dtype at d = 128 in int8; {at_384} at d = 384" in TEXT
     assert f"text cache, one encoder, all texts distinct | {at_128 * ROWS / 1e9:.1f} GB" in TEXT
+
+
+def test_free_disk_that_encode_asks_for() -> None:
+    assert f"{row_bytes(384, 'int8')} bytes for MiniLM in int8" in TEXT
+    assert f"free disk that `encode` asks for | {row_bytes(128, 'int8') * ROWS / 1e9:.1f} GB" in TEXT
 
 
 def test_rows_per_unit_are_the_defaults() -> None:

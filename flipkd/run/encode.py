@@ -57,12 +57,15 @@ class EncodePlan:
 
 
 def _row_bytes(config: EncodeConfig) -> int:
-    """Bytes of a record in the store, estimated: its vector, and id, scale, status and place in the index."""
     from flipkd.models.folder import read_folder
     from flipkd.models.vector_size import vector_size
 
-    size = vector_size(read_folder(config.encoder.folder)) or 1024
-    return size * {"float32": 4, "bf16": 2, "int8": 1}[config.dtype] + 64
+    return row_bytes(vector_size(read_folder(config.encoder.folder)) or 1024, config.dtype)
+
+
+def row_bytes(dimension: int, dtype: str) -> int:
+    """Bytes of a record in the store, estimated: its vector, and id, scale, status and place in the index."""
+    return dimension * {"float32": 4, "bf16": 2, "int8": 1}[dtype] + 64
 
 
 def encoder_fingerprint(options: EncoderOptions) -> str:
