@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 import re
@@ -31,18 +32,27 @@ def _load_config(ctx: click.Context, _: click.Parameter, path: str | None) -> st
         values = read_config_file(Path(path))
     except (OSError, ValueError) as error:
         raise click.BadParameter(f"{path}: {error}") from error
-    known = {parameter.name: parameter for parameter in ctx.command.params}
+    own = {flag.lstrip("-"): parameter for parameter in ctx.command.params for flag in parameter.opts}
+    own = {flag: parameter for flag, parameter in own.items() if len(flag) > 1 and flag != "config"}
+    # The names that the configuration classes use are taken too: slices beside slice.
+    known = {**{str(parameter.name).replace("_", "-"): parameter for parameter in own.values()}, **own}
     defaults: dict[str, Any] = {}
     for key, value in values.items():
-        name = str(key).replace("-", "_")
-        if name not in known or name == "config":
-            names = ", ".join(sorted(str(name).replace("_", "-") for name in known))
-            raise click.BadParameter(f"{path}: unknown option {key!r}; known are {names}")
-        repeats = getattr(known[name], "multiple", False)  # such an option takes the list itself
+        flag = str(key).replace("_", "-")
+        if flag not in known:
+            close = difflib.get_close_matches(flag, own, 1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise click.BadParameter(f"{path}: unknown option {key!r}; {hint}known are {', '.join(sorted(own))}")
+        name = str(known[flag].name)
+        repeats = getattr(known[flag], "multiple", False)  # such an option takes the list itself
         if repeats:
             defaults[name] = value if isinstance(value, list) else [value]
         else:
             defaults[name] = ",".join(map(str, value)) if isinstance(value, list) else value
+        try:
+            known[flag].type_cast_value(ctx, defaults[name])
+        except click.BadParameter as error:
+            raise click.BadParameter(f"{path}: {key}: {error.message}") from error
     ctx.default_map = {**(ctx.default_map or {}), **defaults}
     return path
 

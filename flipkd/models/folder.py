@@ -114,10 +114,9 @@ def find_folder(folder: str | Path) -> Path:
         or os.sep * 2 in name
     )
     if looks_local or name.endswith("/"):
-        raise ModelError(
-            f"encoder {name!r}: no such folder; give a sentence-transformers folder or a hub name (owner/name)"
-        )
+        raise ModelError(f"model {name!r}: no such folder; give a folder that is there, or a hub name (owner/name)")
     import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
         return Path(
@@ -125,10 +124,15 @@ def find_folder(folder: str | Path) -> Path:
                 name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
             )
         )
-    except Exception as error:  # the hub client raises a dozen unrelated types: no network, no such model, no access
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise ModelError(
-            f"encoder {name!r}: there is no such folder, and the hub did not give a model of this name "
-            f"({type(error).__name__})"
+            f"model {name!r}: there is no such folder, the hub cannot be reached, and its cache here has no model of "
+            "this name; copy the model's folder to this machine and name that"
+        ) from error
+    except Exception as error:  # the hub client raises a dozen unrelated types: no such model, no access, a full disk
+        raise ModelError(
+            f"model {name!r}: there is no such folder, and the hub did not give a model of this name "
+            f"({type(error).__name__}); is the name right, and may you read the model?"
         ) from error
 
 

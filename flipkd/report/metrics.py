@@ -105,6 +105,15 @@ def recall_at_precision(curve: Curve, precision: float) -> float:
     return float(curve.recall[curve.precision >= precision - 1e-12].max(initial=0.0))
 
 
+def between(descending: Floats, place: int) -> float:
+    """A float32 threshold that takes the first ``place + 1`` of strictly decreasing values and no more."""
+    upper = np.float32(descending[place])
+    if place + 1 == len(descending):
+        return float(upper)
+    middle = np.float32((descending[place] + descending[place + 1]) / 2)
+    return float(middle if np.float32(descending[place + 1]) < middle <= upper else upper)
+
+
 def summary(curve: Curve) -> dict[str, float]:
     """All single figures by name."""
     found = {"roc_auc": roc_auc(curve), "average_precision": average_precision(curve), "best_f1": float(curve.f1.max())}
@@ -187,7 +196,7 @@ def measured(pairs: LabelledPairs, resamples: int, generator: np.random.Generato
     }
     best = int(np.argmax(curve.f1))
     metrics["best_f1"] |= {
-        "threshold": float(curve.threshold[best]),
+        "threshold": between(curve.threshold, best),
         "precision": float(curve.precision[best]),
         "recall": float(curve.recall[best]),
     }

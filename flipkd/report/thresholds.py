@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flipkd.report.labels import Floats
-from flipkd.report.metrics import CONFIDENCE, Curve, Ranked
+from flipkd.report.metrics import CONFIDENCE, Curve, Ranked, between
 from flipkd.report.pairs import LabelledPairs
 
 # Recalls of the table's rows; our choice.
@@ -93,15 +93,6 @@ class ThresholdChoice:
             "true_matches": float(curve.true_positives[place]),
             "false_matches": float(curve.false_positives[place]),
         }
-
-
-def between(descending: Floats, place: int) -> float:
-    """A float32 threshold that takes the first ``place + 1`` of strictly decreasing values and no more."""
-    upper = np.float32(descending[place])
-    if place + 1 == len(descending):
-        return float(upper)
-    middle = np.float32((descending[place] + descending[place + 1]) / 2)
-    return float(middle if np.float32(descending[place + 1]) < middle <= upper else upper)
 
 
 def add_run_counts(rows: list[dict[str, Any]], at_least: Callable[[float], int]) -> None:

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 
@@ -134,5 +135,14 @@ def test_a_path_that_does_not_exist_is_not_looked_up_on_the_hub(name: str | Path
 
 
 def test_a_hub_name_without_network_says_so() -> None:
-    with pytest.raises(ModelError, match="the hub did not give a model of this name"):
+    with pytest.raises(ModelError, match=r"the hub cannot be reached.* copy the model's folder"):
         find_folder("nobody/no-such-model")  # HF_HUB_OFFLINE is set for all tests
+
+
+def test_a_name_that_the_hub_does_not_know_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> str:
+        raise PermissionError("a gated model")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(ModelError, match=r"did not give a model of this name \(PermissionError\); is the name"):
+        find_folder("nobody/no-such-model")

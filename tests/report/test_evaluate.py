@@ -83,6 +83,7 @@ def test_the_command_writes_a_report(make_scores: MakeScores, tmp_path: Path) ->
         assert row["recall"] == pytest.approx(taken.label.sum() / scored.label.sum())
         assert row["recall"] >= row["for_recall"] - 1e-9
         assert abs(row["pairs_in_run"] - len(taken)) <= 2
+    assert facts["metrics"]["best_f1"]["threshold"] == facts["thresholds"]["score"]["best_f1"]["threshold"]
     wanted = facts["thresholds"]["score"]["precision"]
     assert wanted["estimate"]["precision"] >= 0.8
     assert wanted["cautious"]["precision_lower_bound"] >= 0.8

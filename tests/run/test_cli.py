@@ -103,7 +103,11 @@ def test_options_from_a_file_and_a_flag_that_wins(
     path.write_text("pears: 1\n" if suffix == "yaml" else "pears = 1\n")
     code, _, err = run("score", "--config", str(path), "--output", str(tmp_path / "c"))
     assert code == 2
-    assert "unknown option 'pears'" in err
+    assert "unknown option 'pears'; did you mean pairs? known are " in err
+    path.write_text("min-score: high\n" if suffix == "yaml" else 'min-score = "high"\n')
+    code, _, err = run("score", "--config", str(path), "--output", str(tmp_path / "c"))
+    assert code == 2
+    assert f"{path}: min-score: 'high' is not a valid float" in " ".join(err.split())
     path.write_text("[" if suffix == "yaml" else "=")
     code, _, err = run("score", "--config", str(path), "--output", str(tmp_path / "c"))
     assert code == 2
