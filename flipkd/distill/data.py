@@ -218,6 +218,9 @@ def _read_shard(
 ) -> _Part:
     """Reads one shard; its new texts are added to ``places``."""
     with ShardReader(location, shard) as reader:
+        reader.check_columns(
+            columns, "--left-text, --right-text and --label-column name columns; flipkd-batch teach writes all of them"
+        )
         rows = reader.row_group_rows
         whole = (0, len(rows))
         table = pa.concat_tables(reader.batches(columns, _BATCH_ROWS, row_groups=whole, skip_rows=0, rows=sum(rows)))

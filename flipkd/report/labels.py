@@ -144,6 +144,7 @@ def read_table(location: Location, shards: Sequence[Shard], columns: Sequence[st
         with ShardReader(location, shard) as reader:
             groups = reader.row_group_rows
             wanted = columns if columns is not None else reader.schema.names
+            reader.check_columns(wanted, "--key, --label-column and --weight-column name columns")
             tables += reader.batches(wanted, 1 << 20, row_groups=(0, len(groups)), skip_rows=0, rows=sum(groups))
     try:
         return pa.concat_tables(tables, promote_options="permissive")

@@ -172,6 +172,9 @@ def scan(
         with ShardReader(location, shard) as reader:
             groups = reader.row_group_rows
             rows = sum(groups)
+            reader.check_columns(
+                wanted, "--score-column, --label-column, --weight-column, --key and --slice name columns"
+            )
             for table in reader.batches(wanted, _BATCH_ROWS, row_groups=(0, len(groups)), skip_rows=0, rows=rows):
                 score = _scores(table.column(score_column), score_column, location.naming(shard.name))
                 why = _reasons(table, score, score_column, has_reason)

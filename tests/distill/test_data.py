@@ -67,7 +67,7 @@ def test_neither_label_nor_score_is_refused(write_parquet: WriteParquet) -> None
 
 def test_a_named_column_must_be_there(write_parquet: WriteParquet) -> None:
     path = pairs_with(write_parquet, label=[1, 0, 1])
-    with pytest.raises(ConfigError, match="no column 'gold'"):
+    with pytest.raises(ConfigError, match=r"no column 'gold'.*--label-column name columns"):
         read_training_pairs(path, label_column="gold")
 
 

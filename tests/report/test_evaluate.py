@@ -187,7 +187,7 @@ def test_slices_with_null_rare_values_and_one_class(make_scores: MakeScores, tmp
     assert "(null)" in text
     with pytest.raises(ConfigError, match="is a column of ids"):
         evaluated(make_scores(name="other"), tmp_path / "x", slices=("left_id",))
-    with pytest.raises(ConfigError, match="no column 'nothing'"):
+    with pytest.raises(ConfigError, match=r"no column 'nothing'.*--slice name columns"):
         evaluated(tmp_path / "other", tmp_path / "x", slices=("nothing",))
 
 
