@@ -29,7 +29,7 @@ class _Lines(tqdm):  # type: ignore[type-arg]
         self._print(dict(self.format_dict))
 
     def _print(self, state: dict[str, Any]) -> None:
-        state.update(bar_format="{desc}: {n_fmt} of {total_fmt} {unit}, {rate_fmt}, about {remaining} left")
+        state.update(bar_format="{desc}: {n_fmt} of {total_fmt}{unit}, {rate_fmt}, about {remaining} left")
         print(self.format_meter(**state), file=sys.stderr, flush=True)
 
 

@@ -122,7 +122,7 @@ def test_progress_in_a_log_is_plain_lines(world: World, make_pairs: MakePairs, t
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "\r" not in done.stderr
     assert "\x1b" not in done.stderr
-    assert done.stderr.count("score: 90.0 of 90.0  pairs") == 1
+    assert done.stderr.count("score: 90.0 of 90.0 pairs") == 1
 
 
 def test_the_rest_is_estimated_from_rows_within_the_first_minute(
@@ -140,7 +140,7 @@ def test_the_rest_is_estimated_from_rows_within_the_first_minute(
     assert told[0][0] <= 60
     assert len(told) >= 4
     for at, line in told:
-        found = re.fullmatch(r"score: (\S+) of 1.00k  pairs, .*, about (\d\d):(\d\d) left", line)
+        found = re.fullmatch(r"score: (\S+) of 1.00k pairs, .*, about (\d\d):(\d\d) left", line)
         assert found is not None, line
         assert float(found[1].replace("k", "e3")) == 5 * at
         assert int(found[2]) * 60 + int(found[3]) == pytest.approx(200 - at, abs=2)
