@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flipkd.config import EncodeConfig, ScoreConfig
+from flipkd.config import SCORE_COLUMNS, EncodeConfig, ScoreConfig
 from flipkd.data.calibration import as_json, read_calibration
 from flipkd.data.commit import read_json
 from flipkd.data.location import Location, open_location
@@ -216,9 +216,14 @@ def _check_ids(pairs: Location, plan: Plan, columns: Sequence[str], encodes: Seq
 
 
 def _check_output_columns(task: ScoreTask, pairs: Location, plan: Plan) -> None:
-    if plan.units:
-        with ShardReader(pairs, plan.units[0].shard) as reader:
-            output_columns(task, reader.schema.names)
+    """Columns that cannot be written are refused before any work, and before --overwrite deletes any file."""
+    shards = {unit.shard.name: unit.shard for unit in plan.units}
+    # All of them where names were given: a file that lacks one would stop the job half-way.
+    for shard in list(shards.values()) if task.columns is not None else list(shards.values())[:1]:
+        with ShardReader(pairs, shard) as reader:
+            made = output_columns(task, reader.schema.names)
+            passed = [name for name in made if name not in SCORE_COLUMNS]
+            reader.check_columns(passed, f"--columns also knows {', '.join(SCORE_COLUMNS)}")
 
 
 def _output_bytes(config: ScoreConfig, plan: Plan) -> int:

@@ -19,7 +19,7 @@ import pytest
 from flipkd.config import EncodeConfig, EncoderOptions, RunOptions, ScoreConfig
 from flipkd.data.location import open_location
 from flipkd.data.shards import find_shards
-from flipkd.errors import ConfigError, InputError, OutputError
+from flipkd.errors import ConfigError, FlipkdError, InputError, OutputError
 from flipkd.run.encode import encode
 from flipkd.run.manifest import UnitReport
 from flipkd.run.pipeline import dry_run, score
@@ -353,6 +353,21 @@ def test_another_runs_output_is_refused_and_can_be_overwritten(
     manifest = score(replace(first, columns=("score",), run=RunOptions(overwrite=True)))
     assert manifest["rows_out"] == 120
     assert read_scores(tmp_path / "out").schema.names == ["score"]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"columns": ("n", "scor")}, {"calibration": "nofile.json"}, {"right_column": "reff"}, {"right_store": "nostore"}],
+)
+def test_a_mistake_beside_overwrite_costs_no_output(
+    world: World, make_pairs: MakePairs, tmp_path: Path, wrong: dict[str, Any]
+) -> None:
+    whole = config(world, make_pairs(), tmp_path / "out")
+    score(whole)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()}
+    with pytest.raises(FlipkdError):
+        score(replace(whole, **wrong, run=RunOptions(overwrite=True)))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()} == before
 
 
 def test_a_folder_with_other_peoples_parquet_is_never_deleted(
