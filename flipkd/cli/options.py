@@ -38,6 +38,8 @@ def _load_config(ctx: click.Context, _: click.Parameter, path: str | None) -> st
         if name not in known or name == "config":
             names = ", ".join(sorted(str(name).replace("_", "-") for name in known))
             raise click.BadParameter(f"{path}: unknown option {key!r}; known are {names}")
+        if name in defaults:  # once with - and once with _
+            raise click.BadParameter(f"{path}: option {key!r} stands twice")
         repeats = getattr(known[name], "multiple", False)  # such an option takes the list itself
         if repeats:
             defaults[name] = value if isinstance(value, list) else [value]
