@@ -4,6 +4,7 @@
 
     FlipkdError                     exit code 1
     ├── ConfigError                 exit code 2: an option, a column name or a template that cannot be used
+    │   └── ColumnError                 a column of a type that cannot be used; whoever reads it names the file
     ├── InputError                  a file or table of the user's that cannot be read as asked
     │   └── ConflictingRecordsError     one record id, two different texts
     ├── OutputError                 the output folder cannot be used: not writable, full, another run's
@@ -36,6 +37,10 @@ class ConfigError(FlipkdError):
     """An option, column name or template that cannot be used."""
 
     exit_code = 2
+
+
+class ColumnError(ConfigError):
+    """A column of a type that cannot be used; whoever reads it from a file names that (``ShardReader``)."""
 
 
 class InputError(FlipkdError):

@@ -79,14 +79,22 @@ def log_to_stderr(options: LogOptions) -> logging.Handler:
 
 
 def adopt_handlers(*names: str) -> None:
-    """In a JSON log, what a library prints on stderr by handlers of its own is JSON too, from the same level on."""
+    """In a JSON log, what a library prints on stderr by handlers of its own is JSON too, from the same level on.
+
+    The handlers are replaced: one may have ways past its formatter, as that of Ray in a worker.
+    """
     if _current is None or _current.form != "json":
         return
     for name in names:
-        for handler in logging.getLogger(name).handlers:
-            if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
-                handler.setFormatter(_formatter(_current))
-                handler.setLevel(_current.level.upper())
+        library = logging.getLogger(name)
+        for old in list(library.handlers):
+            if isinstance(old, logging.StreamHandler) and not isinstance(old, logging.FileHandler):
+                new = logging.StreamHandler(old.stream)
+                new.setFormatter(_formatter(_current))
+                new.setLevel(_current.level.upper())
+                new.filters = list(old.filters)
+                library.removeHandler(old)
+                library.addHandler(new)
 
 
 def _formatter(options: LogOptions) -> logging.Formatter:

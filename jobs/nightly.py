@@ -19,18 +19,26 @@ once all gates have passed. ``--accept REASON`` releases a held night.
 from __future__ import annotations
 
 import json
+import logging
 import sys
 
 import click
 
-from flipkd.cli.options import set_up_logging
-from flipkd.errors import ConfigError, FlipkdError
+from flipkd.cli.guard import GuardedCommand
+from flipkd.cli.help import with_help
+from flipkd.cli.options import log_options, say, set_up_logging
+from flipkd.errors import ConfigError
 from flipkd.nightly.config import read_config
 from flipkd.nightly.folders import NIGHT_PAGE, REPORT
 from flipkd.nightly.night import Night, accept_night, run_night
 
 
-@click.command(help=__doc__.split("\n\n")[0], context_settings={"help_option_names": ["-h", "--help"]})
+@with_help
+@click.command(
+    cls=GuardedCommand,
+    help=__doc__.split("\n\n")[0],
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
 @click.argument("config")
 @click.option("--date", required=True, metavar="YYYY-MM-DD", help="Which night: {date} in the YAML file, in UTC.")
 @click.option("--ray", metavar="ADDRESS", help="local, auto or an address; in place of `run: ray` of the YAML file.")
@@ -38,7 +46,7 @@ from flipkd.nightly.night import Night, accept_night, run_night
 @click.option("--overwrite", is_flag=True, help="Remove what there is of this night, and run it from its beginning.")
 @click.option("--progress/--no-progress", default=True, help="Show progress on stderr.")
 @click.option("--json", "as_json", is_flag=True, help="Print the gates as JSON.")
-@click.option("--log-level", default="warning", show_default=True, help="debug, info, warning or error.")
+@log_options
 def nightly(
     config: str,
     date: str,
@@ -50,17 +58,10 @@ def nightly(
     log_level: str,
 ) -> None:
     set_up_logging(log_level)
-    try:
-        if accept is not None and overwrite:
-            raise ConfigError("--accept releases a night as it is, and --overwrite removes it; give one of them")
-        night_config = read_config(config, date, ray=ray, progress=progress)
-        if accept is not None:
-            night = accept_night(night_config, accept)
-        else:
-            night = run_night(night_config, overwrite=overwrite)
-    except FlipkdError as error:
-        click.echo(f"Error: {error}", err=True)
-        sys.exit(error.exit_code)
+    if accept is not None and overwrite:
+        raise ConfigError("--accept releases a night as it is, and --overwrite removes it; give one of them")
+    night_config = read_config(config, date, ray=ray, progress=progress)
+    night = run_night(night_config, overwrite=overwrite) if accept is None else accept_night(night_config, accept)
     _print(night, as_json)
     sys.exit(night.exit_code)
 
@@ -76,7 +77,7 @@ def _print(night: Night, as_json: bool) -> None:
     for gate in gates:
         if gate["verdict"] == "tripped":
             value = "cannot be measured" if gate["value"] is None else f"{gate['value']:.6g}"
-            click.echo(f"gate {gate['name']}: {value}, limit {gate['limit']}", err=True)
+            say(f"gate {gate['name']}: {value}, limit {gate['limit']}", logging.WARNING)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,10 @@ from click.testing import CliRunner
 
 from flipkd.cli import main
 from flipkd.cli.help import COMPLETION, EXAMPLES, PATHS
+from jobs.nightly import nightly
 
 COMMANDS = sorted(main.commands)
+PROGRAMS: dict[str, click.Command] = {**main.commands, "nightly": nightly}
 
 
 def lines_of(name: str) -> list[str]:
@@ -42,9 +44,16 @@ def test_an_example_parses(name: str, line: str) -> None:
     main.commands[name].make_context(name, arguments)
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("line", lines_of("nightly"))
+def test_an_example_of_a_night_parses(line: str) -> None:
+    program, script, *arguments = shlex.split(line)
+    assert (program, script) == ("python", "jobs/nightly.py")
+    nightly.make_context("nightly.py", arguments)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
 def test_help_shows_the_examples_as_they_are(name: str) -> None:
-    found = CliRunner().invoke(main, [name, "--help"])
+    found = CliRunner().invoke(PROGRAMS[name], ["--help"])
     assert found.exit_code == 0
     for line in EXAMPLES[name].strip().splitlines():
         assert line in found.output
@@ -58,8 +67,8 @@ def test_every_command_is_summed_up_in_one_line() -> None:
 
 
 def test_every_option_says_what_it_is_for() -> None:
-    for name in COMMANDS:
-        options = [option for option in main.commands[name].params if isinstance(option, click.Option)]
+    for name, command in PROGRAMS.items():
+        options = [option for option in command.params if isinstance(option, click.Option)]
         untold = [option.opts for option in options if not option.help]
         assert not untold, name
 
@@ -75,7 +84,7 @@ def test_version() -> None:
 
 def test_every_text_option_that_is_a_path_is_known_as_one() -> None:
     for name, paths in PATHS.items():
-        parameters = {parameter.name: parameter for parameter in main.commands[name].params}
+        parameters = {parameter.name: parameter for parameter in PROGRAMS[name].params}
         for path in paths:
             assert isinstance(parameters[path].type, click.Path), (name, path)
         # Its help tells of a folder or file: then it must not be missing above.

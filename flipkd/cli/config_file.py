@@ -1,8 +1,4 @@
-"""``--config``: a YAML or TOML file of options. It holds names and plain values, and can do nothing else.
-
-YAML is read by its safe loader, which makes no Python objects, and without aliases: a few lines of aliases of aliases
-stand for gigabytes.
-"""
+"""``--config``: a YAML or TOML file of options. It holds names and plain values, and can do nothing else."""
 
 from __future__ import annotations
 
@@ -10,28 +6,9 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-import yaml
+from flipkd.data.yaml_files import parse_yaml, read_options_text
 
-_MOST_BYTES = 1 << 20
-_MOST_LEVELS = 8  # what is deeper than a list of values is refused in any case
 _PLAIN = (str, int, float, bool, type(None))
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, without aliases and without depth."""
-
-    _depth = 0
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases (*name) are not read; write the value out")
-        if self._depth > _MOST_LEVELS:
-            raise yaml.YAMLError("nested too deeply")
-        self._depth += 1
-        try:
-            return super().compose_node(parent, index)
-        finally:
-            self._depth -= 1
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
@@ -41,15 +18,11 @@ def read_config_file(path: Path) -> dict[str, Any]:
         ValueError: it cannot be read, or holds anything else; names the option.
         OSError: there is no such file.
     """
-    if path.stat().st_size > _MOST_BYTES:
-        raise ValueError(f"has more than {_MOST_BYTES} bytes, which no list of options has")
+    text = read_options_text(path)
     try:
-        text = path.read_text(encoding="utf-8")
-        values = tomllib.loads(text) if path.suffix.lower() == ".toml" else yaml.load(text, _Loader)
-    except RecursionError:
+        values = tomllib.loads(text) if path.suffix.lower() == ".toml" else parse_yaml(text)
+    except RecursionError:  # of TOML; YAML has a limit of its own
         raise ValueError("is nested too deeply") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"is not YAML that can be read: {str(error).splitlines()[0]}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):

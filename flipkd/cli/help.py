@@ -55,6 +55,12 @@ flipkd-batch export --run run/ --output encoder/ --template '{name} | {city}'
 flipkd-batch demo --quick
 flipkd-batch demo --output demo/
 """,
+    "nightly": r"""
+python jobs/nightly.py nightly.yaml --date 2026-11-25
+python jobs/nightly.py nightly.yaml --date 2026-11-25 --ray auto --log-format json --no-progress
+python jobs/nightly.py nightly.yaml --date 2026-11-25 --accept 'new customers, seen by the data team'
+python jobs/nightly.py nightly.yaml --date 2026-11-25 --overwrite
+""",
 }
 
 _PATH = click.Path()
@@ -76,6 +82,7 @@ PATHS: dict[str, tuple[str, ...]] = {
     "teach": ("teacher", "pairs", "output", "records", "right_records", "cache", "metrics_file"),
     "train": ("student", "pairs", "output", "validation", "unlabelled"),
     "export": ("run", "output", "student"),
+    "nightly": ("config",),
 }
 
 

@@ -44,6 +44,8 @@ def _load_config(ctx: click.Context, _: click.Parameter, path: str | None) -> st
             hint = f"did you mean {close[0]}? " if close else ""
             raise click.BadParameter(f"{path}: unknown option {key!r}; {hint}known are {', '.join(sorted(own))}")
         name = str(known[flag].name)
+        if name in defaults:  # once with - and once with _, or by both of its names
+            raise click.BadParameter(f"{path}: option {key!r} stands twice")
         repeats = getattr(known[flag], "multiple", False)  # such an option takes the list itself
         if repeats:
             defaults[name] = value if isinstance(value, list) else [value]
@@ -73,15 +75,19 @@ def _take_log_format(ctx: click.Context, _: click.Parameter, value: LogFormat) -
     ctx.meta[_LOG_FORMAT] = value
 
 
-common_options = _options(
-    click.option("--config", type=click.Path(dir_okay=False), is_eager=True, expose_value=False, callback=_load_config,
-                 help="YAML or TOML file with any of these options."),
-    click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+log_options = _options(
     click.option("--log-level", default="warning", show_default=True,
                  type=click.Choice(["debug", "info", "warning", "error"], case_sensitive=False),
                  help="What is told on stderr beside the result: this and what is graver."),
     click.option("--log-format", type=click.Choice(LOG_FORMATS), default="text", show_default=True, expose_value=False,
                  callback=_take_log_format, help="Of what stands on stderr; json: one object a line, progress too."),
+)  # fmt: skip
+
+common_options = _options(
+    click.option("--config", type=click.Path(dir_okay=False), is_eager=True, expose_value=False, callback=_load_config,
+                 help="YAML or TOML file with any of these options."),
+    click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+    log_options,
 )  # fmt: skip
 
 run_options = _options(

@@ -14,7 +14,7 @@ from flipkd.data.location import Location
 from flipkd.data.records import render_texts
 from flipkd.data.shards import Shard, ShardReader
 from flipkd.data.template import template_fields
-from flipkd.errors import ConfigError, ConflictingRecordsError, InputError
+from flipkd.errors import ColumnError, ConflictingRecordsError, InputError
 from flipkd.vectors.id_types import check_id_type, plain
 
 _BATCH_ROWS = 1 << 16
@@ -63,12 +63,12 @@ def check_ids_fit(id_type: pa.DataType, column: str, kind: str) -> None:
         kind: of the records' ids.
 
     Raises:
-        ConfigError: names the column and the way out.
+        ColumnError: names the column and the way out.
     """
     own = check_id_type(id_type, column)
     if "null" not in (own, kind) and (own == "bytes") != (kind == "bytes"):
         theirs = "strings or binaries" if kind == "bytes" else "integers"
-        raise ConfigError(
+        raise ColumnError(
             f"column {column!r} is of type {id_type}, but the records' ids are {theirs}; cast one of them so that both "
             "are integers or both are strings"
         )
@@ -91,8 +91,9 @@ def read_record_texts(location: Location, shards: Sequence[Shard], id_column: st
     rows: list[int] = []
     for shard in shards:
         with ShardReader(location, shard) as reader:
+            check_id_type(reader.column_type(id_column), id_column)
             table = pa.concat_tables(reader.all_batches(columns, _BATCH_ROWS))
-        rendered = render_texts(table, template)
+            rendered = render_texts(table, template)
         chunks.append(table.column(id_column))
         texts.append(rendered.values)
         invalid.append(rendered.invalid)

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from flipkd.data.template import template_fields
-from flipkd.errors import ConfigError
+from flipkd.errors import ColumnError
 
 DIGEST_BYTES = 16
 
@@ -78,7 +78,7 @@ def as_text(column: pa.ChunkedArray | pa.Array, name: str) -> tuple[pa.LargeStri
     do not (1.0 or 1?) and nested types have none.
 
     Raises:
-        ConfigError: names the column and its type.
+        ColumnError: names the column and its type.
     """
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     if isinstance(array, pa.ChunkedArray):  # more than 2 GiB of text: combine_chunks keeps several chunks
@@ -96,7 +96,7 @@ def as_text(column: pa.ChunkedArray | pa.Array, name: str) -> tuple[pa.LargeStri
     if pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_date(kind) or pa.types.is_decimal(kind):
         return array.cast(pa.large_string()), none_invalid
     if not is_bytes_like(kind):
-        raise ConfigError(f"column {name!r} has type {kind}, which has no plain text form; cast it to string")
+        raise ColumnError(f"column {name!r} has type {kind}, which has no plain text form; cast it to string")
     raw = as_large(array)
     try:
         checked = raw.cast(pa.large_string()) if pa.types.is_large_binary(raw.type) else raw

@@ -17,7 +17,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from flipkd.data.location import Location, reason
-from flipkd.errors import ConfigError, InputError
+from flipkd.errors import ColumnError, ConfigError, InputError
 
 logger = logging.getLogger(__name__)
 
@@ -144,9 +144,11 @@ class ShardReader:
     def __enter__(self) -> ShardReader:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._file.close()
         self._source.close()
+        if isinstance(error, ColumnError):  # of many files it may be one alone whose types are others
+            raise ColumnError(f"{self._location.naming(self._shard.name)}: {error}") from error
 
     def _check_unchanged(self) -> None:
         """Refuses a file that is not the one that was listed: its rows would go out under the other one's name."""

@@ -10,10 +10,9 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from flipkd.config import RunOptions, ScoreConfig
 from flipkd.data.pairs import NOT_SCORED, REASONS
+from flipkd.data.yaml_files import parse_yaml, read_options_text
 from flipkd.errors import ConfigError
 from flipkd.nightly.build import Given, build
 from flipkd.nightly.folders import Nights
@@ -211,29 +210,16 @@ def check_date(date: str) -> str:
     raise ConfigError(f"--date {date!r} is no date; write it as YYYY-MM-DD, such as 2026-11-25")
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice, where plain YAML takes the last one without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
 def _load(path: str) -> dict[str, Any]:
     try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+        values = parse_yaml(read_options_text(Path(path)))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f", line {mark.line + 1}" if mark is not None else ""
-        raise ConfigError(f"{path}{place} is not YAML: {getattr(error, 'problem', None) or error}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected keys and their values, such as output and score")
-    return {str(key).replace("-", "_"): value for key, value in values.items()}
+    return values
 
 
 def _dated(values: Any, date: str, key: str = "") -> Any:

@@ -20,6 +20,7 @@ from flipkd.data.template import template_fields
 from flipkd.run.cached_encoder import CachedEncoder, text_cache_of
 from flipkd.run.manifest import SOURCE_KEY, UnitReport
 from flipkd.run.units import WorkUnit
+from flipkd.vectors.id_types import check_id_type
 from flipkd.vectors.layout import STATUS_INVALID_TEXT, STATUS_MISSING_TEXT, STATUS_TRUNCATED
 
 _PART_OPTIONS = {"compression": "none", "use_dictionary": False, "write_statistics": False}
@@ -52,8 +53,11 @@ class EncodeWorker:
         started = time.perf_counter()
         columns = list(dict.fromkeys([config.id_column, *template_fields(config.text_template)]))
         with ShardReader(self._records, unit.shard) as reader:
+            reader.check_columns(columns)
+            check_id_type(reader.column_type(config.id_column), config.id_column)  # not only when the store is sealed
             table = pa.concat_tables(unit.read(reader, columns, _READ_ROWS))
-        texts, indices = self._distinct(render_texts(table, config.text_template))
+            rendered = render_texts(table, config.text_template)
+        texts, indices = self._distinct(rendered)
         seconds["read"] = time.perf_counter() - started
 
         started = time.perf_counter()

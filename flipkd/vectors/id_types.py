@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from flipkd.errors import ConfigError
+from flipkd.errors import ColumnError
 
 # By value as int64, by value as uint64, by their bytes, and the type of a column that holds nothing but nulls.
 KINDS = ("int64", "uint64", "bytes", "null")
@@ -29,7 +29,7 @@ def id_kind(id_type: pa.DataType) -> str | None:
 
 
 def check_id_type(id_type: pa.DataType, column: str) -> str:
-    """Return id_kind(id_type), or raise ConfigError naming the column, its type and the way out."""
+    """Return id_kind(id_type), or raise ColumnError naming the column, its type and the way out."""
     kind = id_kind(id_type)
     if kind is not None:
         return kind
@@ -39,7 +39,7 @@ def check_id_type(id_type: pa.DataType, column: str) -> str:
             "; cast the column to int64 (pandas makes float out of integers with nulls: use its Int64 type, and note "
             "that float64 has already merged ids above 2**53)"
         )
-    raise ConfigError(f"column {column!r} is of type {id_type}, which cannot be an id: {hint}")
+    raise ColumnError(f"column {column!r} is of type {id_type}, which cannot be an id: {hint}")
 
 
 def plain(ids: pa.Array) -> pa.Array:

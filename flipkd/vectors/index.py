@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from flipkd.errors import ConfigError, InputError
+from flipkd.errors import ColumnError, InputError
 from flipkd.kernels.native import native
 from flipkd.vectors import index_reference as reference
 from flipkd.vectors.id_types import check_id_type, plain
@@ -94,12 +94,12 @@ class IdIndex:
             that stand twice in the records, the first row.
 
         Raises:
-            ConfigError: a type that cannot be an id, or integers against a store of strings or the other way round.
+            ColumnError: a type that cannot be an id, or integers against a store of strings or the other way round.
             InputError: the index is damaged: it answers with a row that is not there.
         """
         kind = check_id_type(ids.type, column)
         if "null" not in (kind, self.kind) and (kind == "bytes") != (self.kind == "bytes"):
-            raise ConfigError(
+            raise ColumnError(
                 f"column {column!r} is of type {ids.type}, but the records' ids are of type {self.id_type}; "
                 "cast one of them so that both are integers or both are strings"
             )

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,14 +29,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.score import write_store
-from flipkd.config import ScoreConfig
+from flipkd.config import EncodeConfig, EncoderOptions, ScoreConfig, TeachConfig
 from flipkd.data.location import open_location
 from flipkd.data.record_texts import read_record_texts
 from flipkd.data.shards import ShardReader, find_shards
-from flipkd.errors import ConfigError, InputError
+from flipkd.errors import ConfigError, FlipkdError, InputError
+from flipkd.run.encode import encode
 from flipkd.run.pipeline import score
-from tests.data import broken_files
-from tests.data.broken_files import FORMS, MUTATIONS, BrokenFile, Judge, make_store, same, whole_file
+from flipkd.run.teach import teach
+from flipkd.run.units import WorkUnit
+from tests.conftest import WriteParquet
+from tests.data import judges
+from tests.data.broken_files import FORMS, MUTATIONS, ROWS, TABLES, BrokenFile, whole_file
+from tests.data.judges import JUDGES, ScoreJudge, make_store, same
+from tests.small_models import make_encoder
 
 ROOT = Path(__file__).parents[2]
 CHAOS_SEED = int(os.environ.get("FLIPKD_CHAOS_SEED") or random.SystemRandom().randrange(10**6))
@@ -50,11 +56,18 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_store(tmp_path_factory.mktemp("fuzz"))
 
 
-def judged(store: Path, folder: Path, seed: int, numbers: Sequence[int]) -> Iterator[tuple[BrokenFile, str]]:
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_encoder(tmp_path_factory.mktemp("fuzz") / "encoder", seed=0)
+
+
+def judged(
+    table: str, source: Path, folder: Path, seed: int, numbers: Sequence[int]
+) -> Iterator[tuple[BrokenFile, str]]:
     """What came of each file. A process that dies is a finding about its last file, and the next one goes on."""
     waiting = list(numbers)
     while waiting:
-        command = [sys.executable, "-m", "tests.data.broken_files", str(store), str(folder), str(seed)]
+        command = [sys.executable, "-m", "tests.data.judges", table, str(source), str(folder), str(seed)]
         done = subprocess.run(
             [*command, *map(str, waiting[:100])], capture_output=True, text=True, cwd=ROOT, timeout=240, check=False
         )
@@ -64,10 +77,11 @@ def judged(store: Path, folder: Path, seed: int, numbers: Sequence[int]) -> Iter
                 started = waiting.pop(0)
                 assert started == line["started"]
             else:
-                yield BrokenFile(line["number"], seed), line["outcome"]
+                yield BrokenFile(line["number"], seed, table), line["outcome"]
                 started = None
         if started is not None:
-            yield BrokenFile(started, seed), f"WRONG: the process ended with {done.returncode}: {done.stderr[-2000:]}"
+            outcome = f"WRONG: the process ended with {done.returncode}: {done.stderr[-2000:]}"
+            yield BrokenFile(started, seed, table), outcome
         elif done.returncode:
             raise AssertionError(done.stderr)
 
@@ -82,7 +96,7 @@ def assert_clean(found: list[tuple[BrokenFile, str]]) -> None:
 
 
 def test_broken_files_are_an_error_or_right_rows(store: Path, tmp_path: Path) -> None:
-    found = list(judged(store, tmp_path, 0, range(0, 1000, 11)))
+    found = list(judged("pairs", store, tmp_path, 0, range(0, 1000, 11)))
     assert_clean(found)
     outcomes = Counter(outcome.split(":")[0] for _, outcome in found)
     assert outcomes["error"] > 50
@@ -93,20 +107,101 @@ def test_broken_files_are_an_error_or_right_rows(store: Path, tmp_path: Path) ->
 @pytest.mark.chaos
 def test_a_thousand_broken_files(store: Path, tmp_path: Path) -> None:
     print(f"FLIPKD_CHAOS_SEED={CHAOS_SEED}")
-    found = list(judged(store, tmp_path, CHAOS_SEED, range(1000)))
+    found = list(judged("pairs", store, tmp_path, CHAOS_SEED, range(1000)))
     assert len(found) == 1000
     assert_clean(found)
 
 
-def test_a_whole_file_in_every_form_is_right(store: Path, tmp_path: Path) -> None:
-    judge = Judge(store, tmp_path)
-    for form in range(len(FORMS)):
-        assert judge.judge("whole.parquet", whole_file(form)) == "rows", FORMS[form]
+@pytest.mark.chaos
+@pytest.mark.parametrize("table", ["records", "texts"])
+def test_broken_records_and_broken_pairs_of_texts(encoder: Path, tmp_path: Path, table: str) -> None:
+    """``encode`` and ``teach``."""
+    print(f"FLIPKD_CHAOS_SEED={CHAOS_SEED}")
+    found = list(judged(table, encoder, tmp_path, CHAOS_SEED, range(0, 1000, 7)))
+    assert_clean(found)
+    outcomes = Counter(outcome.split(":")[0] for _, outcome in found)
+    assert outcomes["error"] > 50
+    assert outcomes["rows"] > 10
+    assert {broken.mutation for broken, _ in found} == {one for one, _ in MUTATIONS}
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_a_whole_file_in_every_form_is_right(store: Path, encoder: Path, tmp_path: Path, table: str) -> None:
+    judge = JUDGES[table](store if table == "pairs" else encoder, tmp_path)
+    for form in range(len(FORMS)) if table == "pairs" else (0, 13, 31):
+        assert judge.judge("whole.parquet", whole_file(form, table)) == "rows", FORMS[form]
 
 
 def test_a_wrong_score_would_be_seen(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(broken_files, "vectors", lambda original=broken_files.vectors: original()[::-1])
-    assert Judge(store, tmp_path).judge("whole.parquet", whole_file(0)) == "WRONG: scores"
+    monkeypatch.setattr(judges, "vectors", lambda original=judges.vectors: original()[::-1])
+    assert ScoreJudge(store, tmp_path).judge("whole.parquet", whole_file(0)) == "WRONG: scores"
+
+
+@pytest.mark.parametrize("table", ["records", "texts"])
+def test_a_wrong_vector_would_be_seen(
+    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: str
+) -> None:
+    judge = JUDGES[table](encoder, tmp_path)
+    told = judges.texts_of
+    monkeypatch.setattr(judges, "texts_of", lambda column: [text and text + "?" for text in told(column)])
+    assert judge.judge("whole.parquet", whole_file(0, table)) in ("WRONG: vectors", "WRONG: scores")
+
+
+def test_texts_that_are_lost_would_be_seen(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the scoring of the same file ends with an error."""
+    judge, read = ScoreJudge(store, tmp_path), WorkUnit.read
+
+    def one_less(self: WorkUnit, *arguments: Any) -> Iterator[pa.Table]:
+        return (table.slice(1) for table in read(self, *arguments))
+
+    def first_texts(table: pa.Table) -> pa.Table:
+        return table.slice(0, 1)
+
+    monkeypatch.setattr("flipkd.run.texts._first_of_each", first_texts)
+    assert judge.judge("whole.parquet", whole_file(0)).startswith("WRONG: 5")  # of the ids, and a few texts
+    monkeypatch.setattr(WorkUnit, "read", one_less)
+    assert judge.judge("whole.parquet", whole_file(0)) == f"WRONG: texts of {ROWS - 3} rows of {ROWS}, and no error"
+
+    def refuse() -> None:
+        raise InputError("whole.parquet is refused")
+
+    monkeypatch.setattr(judge, "run", refuse)
+    assert judge.judge("whole.parquet", whole_file(0)) == f"WRONG: texts of {ROWS - 3} rows of {ROWS}, and no error"
+
+
+def test_an_error_must_name_the_file(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = ScoreJudge(store, tmp_path)
+    for kind in (ConfigError, InputError):
+
+        def refuse(kind: type[FlipkdError] = kind) -> None:
+            raise kind("column 'left_id' is of type double")
+
+        monkeypatch.setattr(judge, "run", refuse)
+        assert judge.judge("whole.parquet", whole_file(0)).startswith("WRONG: the error does not name the file")
+
+
+def test_a_column_of_another_type_in_one_file_is_told_with_the_file(
+    store: Path, encoder: Path, tmp_path: Path, write_parquet: WriteParquet
+) -> None:
+    """Of many files: the first one is whole."""
+    for part, ids in enumerate((["record-0001"], [0.5])):
+        write_parquet(f"pairs/{part}.parquet", {"left_id": ids, "right_id": ids})
+        write_parquet(f"records/{part}.parquet", {"id": ids, "text": ["a"]})
+        write_parquet(f"texts/{part}.parquet", {"left_text": ids, "right_text": ids})
+        write_parquet(f"columns/{part}.parquet", {"id": [part], "text": ids})
+    options, out = EncoderOptions(str(encoder)), str(tmp_path / "out")
+    jobs: list[Callable[[], Any]] = [
+        lambda: score(ScoreConfig(pairs=str(tmp_path / "pairs"), output=out, store=str(store))),
+        lambda: score(ScoreConfig(pairs=str(tmp_path / "texts"), output=out, encoder=options)),
+        lambda: encode(EncodeConfig(options, str(tmp_path / "records"), out)),
+        lambda: encode(EncodeConfig(options, str(tmp_path / "columns"), out)),
+        lambda: teach(TeachConfig(options, str(tmp_path / "texts"), out)),
+        lambda: teach(TeachConfig(options, str(tmp_path / "pairs"), out, records=str(tmp_path / "records"))),
+    ]
+    for job in jobs:
+        shutil.rmtree(out, ignore_errors=True)
+        with pytest.raises(ConfigError, match=r"^1\.parquet of .*: column '(left_id|left_text|id|text)' .*type double"):
+            job()
 
 
 @pytest.mark.parametrize("page_version", ["1.0", "2.0"])

@@ -157,11 +157,18 @@ def test_bad_values_are_named(tmp_path: Path, values: dict[str, Any], message: s
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("output: a\noutput: b\nscore: {}\n", "line 1 is not YAML: the key 'output' stands twice"),
+        ("output: a\noutput: b\n", r"n.yaml: line 2 is not YAML that is read: the key 'output' stands twice"),
+        ("output: a\npsi-bins: 5\npsi_bins: 6\nscore: {pairs: p}\n", "psi_bins stands twice"),
         ("output: [a\n", "is not YAML"),
         ("- output\n", "expected keys and their values"),
         ("", "expected keys and their values"),
         ("output: !!python/object/apply:os.system ['true']\n", "is not YAML"),
+        ("output: &a x\nscore: {pairs: *a}\n", r"n.yaml: line 2 is not YAML that is read: aliases \(\*name\)"),
+        ("score: " + "[" * 100_000, r"n.yaml: line 1 is not YAML that is read: it is nested too deeply"),
+        ("score: " + "{a: " * 100_000, r"n.yaml: line 1 is not YAML that is read: it is nested too deeply"),
+        ("#" * (1 << 20) + "\n", r"n.yaml: has more than 1048576 bytes"),
+        ("output: 2026-13-01\n", r"n.yaml: is not YAML that is read: month must be in 1..12"),
+        ("output: !!int ''\n", r"n.yaml: is not YAML that is read: a value is not of the type"),
     ],
 )
 def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str, message: str) -> None:

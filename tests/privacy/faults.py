@@ -1,6 +1,7 @@
-"""`flipkd-batch` with a fault that none foresaw, whose message quotes a record.
+"""`flipkd-batch` or `jobs/nightly.py` with a fault that none foresaw, whose message quotes a record.
 
-`python -m tests.privacy.faults start|unit score ...`: when a worker starts, or at a unit.
+`python -m tests.privacy.faults start|unit score ...` (or `nightly nightly.yaml --date ...`): when a worker starts, or
+at a unit.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from flipkd.run import plan_score
 from flipkd.run.manifest import UnitReport
 from flipkd.run.score import ScoreTask
 from flipkd.run.units import WorkUnit
+from jobs.nightly import nightly
 from tests.privacy.canary import ID, TEXT
 
 
@@ -40,4 +42,6 @@ if __name__ == "__main__":
     from tests.privacy import faults
 
     plan_score.ScoreWorker = partial(faults.FaultyWorker, sys.argv[1])  # type: ignore[assignment,misc]
+    if sys.argv[2] == "nightly":
+        nightly(sys.argv[3:])
     main(sys.argv[2:])

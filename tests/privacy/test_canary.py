@@ -78,20 +78,23 @@ def test_the_search_finds_every_form(tmp_path: Path) -> None:
 def test_encode_score_and_forget(said: Invoke, world: World, minilm_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     cached = ["--encoder", minilm_dir, "--records", world.records, "--cache", out / "cache"]
-    said("encode", *cached, "--output", out / "store")
+    metrics = {name: out / f"metrics/{name}.prom" for name in ("encode", "score", "inline")}  # searched below too
+    (out / "metrics").mkdir(parents=True)
+    said("encode", *cached, "--output", out / "store", "--metrics-file", metrics["encode"])
     said("encode", *cached, "--output", out / "store", "--json")  # done already
     by_id = ["--store", out / "store", "--pairs", world.pairs]
-    said("score", *by_id, "--output", out / "all", "--threshold", "0.5")
+    said("score", *by_id, "--output", out / "all", "--threshold", "0.5", "--metrics-file", metrics["score"])
     said("score", *by_id, "--output", out / "min", "--min-score", "0.1", "--columns", "n,score")
     said("score", *by_id, "--output", out / "top", "--top-k", "1", "--columns", "score")
     said("score", *by_id, "--output", out / "dry", "--dry-run", "--json")
     said("score", *cached, "--pairs", world.pairs, "--output", out / "whole", "--columns", "score,reason")
     inline = ["--encoder", minilm_dir, "--pairs", world.inline]
-    said("score", *inline, "--output", out / "inline")
+    said("score", *inline, "--output", out / "inline", "--metrics-file", metrics["inline"])
     said("score", *inline, "--output", out / "inline-score", "--columns", "score", "--cache", out / "cache")
     for name in ("store", "all", "inline"):
         said("status", out / name)
         said("status", out / name, "--json")
+    assert all("flipkd_" in path.read_text() for path in metrics.values())
     # Ids stand in a store's index, and in outputs where they are passed through; texts in what passes texts through.
     found = leaks(out)
     stores = {name for name in found if name.endswith("ids.bin")}
@@ -240,9 +243,11 @@ def test_what_is_not_utf8_is_counted_and_not_quoted(said: Invoke, minilm_dir: Pa
 def test_a_skipped_shard_is_named_and_not_quoted(said: Invoke, world: World, minilm_dir: Path, tmp_path: Path) -> None:
     (world.inline / "1.parquet").write_bytes(b"PAR1" + TEXT.encode() * 50)
     options = ["--pairs", world.inline, "--output", tmp_path / "out", "--columns", "score", "--on-bad-shard", "skip"]
-    said("score", "--encoder", minilm_dir, *options, code=3)
+    metrics = tmp_path / "skipped.prom"
+    said("score", "--encoder", minilm_dir, *options, "--metrics-file", metrics, code=3)
     assert "1.parquet" in (tmp_path / "out/_manifest.json").read_text()
     assert not leaks(tmp_path / "out")
+    assert not words_in(metrics.read_text())
 
 
 def test_an_unexpected_error_shows_its_place_alone(
@@ -253,8 +258,10 @@ def test_an_unexpected_error_shows_its_place_alone(
 
     monkeypatch.setattr("flipkd.run.score.assemble", broken)
     options = ["--encoder", minilm_dir, "--pairs", world.inline, "--output", tmp_path / "out"]
-    told = said("score", *options, code=1)
+    metrics = tmp_path / "broken.prom"
+    told = said("score", *options, "--metrics-file", metrics, code=1)
     assert "builtins.KeyError in run/score.py:" in told
+    assert not words_in(metrics.read_text())
 
 
 KILLED = """

@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from tests.privacy.canary import ID_WORD, TEXT, World, files, leaks, words_in, write
-from tests.run.ray_cluster import RAY, ROOT, free_port, wait_until
+from tests.run.ray_cluster import RAY, ROOT, free_port, wait_until, worker_log
 
 pytestmark = pytest.mark.slow
 
@@ -98,8 +98,9 @@ def head() -> Iterator[Head]:
 
 def flipkd(head: Head, *words: object, code: int = 0) -> None:
     done = head.run(sys.executable, "-m", "flipkd.cli", *words, "--ray", head.address, "--no-progress",
-                    "--log-level", "debug", "--stall-timeout-s", "120")  # fmt: skip
+                    "--log-level", "debug", "--log-format", "json", "--stall-timeout-s", "120")  # fmt: skip
     assert done.returncode == code, done.stderr
+    assert all(isinstance(json.loads(line), dict) for line in done.stderr.splitlines()), done.stderr
     assert not words_in(done.stdout + done.stderr)
     assert code == 0 or "Error: " in done.stderr
 
@@ -132,9 +133,12 @@ def test_no_word_of_a_record_stays_with_ray(
     write(tmp_path / "in/odd/1.parquet", **texts, x=[[TEXT]])
     odd = ["--scores", tmp_path / "in/odd", "--llm", base_dir, "--band", "0:1", "--left-text", "x"]
     flipkd(head, "rescore", *odd, "--output", out / "odd", code=2)
+    told = {one["logger"] for one in worker_log(head.folder)}
+    assert {"filelock", "py.warnings"} <= told, told
     faults = {"unit": "this should not happen, please report it", "start": "a worker could not start"}
     for where, message in faults.items():
         options = ["--encoder", minilm_dir, "--pairs", world.inline, "--output", out / "fault", "--no-progress"]
+        options += ["--log-level", "debug"]
         faulty = [sys.executable, "-m", "tests.privacy.faults", where, "score", *options, "--ray", head.address]
         fault = head.run(*faulty)
         assert fault.returncode == 1

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import shutil
 import subprocess
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from click.testing import CliRunner
+from matplotlib import image
 
 from flipkd.cli import main
 from flipkd.demo.pair_sets import icd9_pairs, pair_table
 from flipkd.report.calibrate import calibration_error, losses, reliability
+from jobs.nightly import nightly
 
 PAIRS = 1_600
 
@@ -84,40 +90,121 @@ def test_the_threshold_takes_the_same_pairs_on_score_and_run(halves: Path, minil
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on PATH")
+WIDTHS = (390, 1200)
+
+
+def browse(profile: Path, page: Path, *options: str) -> str:
+    """Opens a page without a window; what the browser prints."""
+    command = [
+        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run",
+        f"--user-data-dir={profile}", "--allow-file-access-from-files", "--hide-scrollbars", *options, f"file://{page}",
+    ]  # fmt: skip
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def pages(halves: Path, minilm_dir: Path) -> dict[str, Path]:
+    """The report of an evaluation, and that of a night that a gate holds back, compared with the night before."""
+    run(
+        "evaluate", "--scores", str(halves / "first-scores"), "--output", str(halves / "report-seen"), "--bootstrap",
+        "20", "--slice", "group", "--precision", "0.7", "--cost-ratio", "3",
+    )  # fmt: skip
+    for date, half in (("2026-11-24", "first"), ("2026-11-25", "second")):
+        (halves / "pairs" / date).mkdir(parents=True)
+        pairs = pq.read_table(halves / half / "a.parquet").slice(0, 200)
+        pq.write_table(pairs, halves / "pairs" / date / "a.parquet")
+    values = {
+        "output": "nights",
+        "score": {"pairs": "pairs/{date}", "encoder": str(minilm_dir), "threshold": 0.6},
+        "evaluate": {"bootstrap": 20},
+        "gates": {"max_score_psi": 0.0},
+    }
+    (halves / "nightly.yaml").write_text(yaml.safe_dump(values))
+    for date, code in (("2026-11-24", 0), ("2026-11-25", 3)):
+        done = CliRunner().invoke(nightly, [str(halves / "nightly.yaml"), "--date", date, "--no-progress"])
+        assert done.exit_code == code, done.output
+    night = halves / "nights/_held/2026-11-25/report/night.html"
+    return {"evaluation": halves / "report-seen/report.html", "night": night}
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on PATH")
-@pytest.mark.parametrize("width", [390, 1200])
-def test_a_browser_lays_the_report_out(halves: Path, tmp_path: Path, width: int) -> None:
+@in_a_browser
+@pytest.mark.parametrize(("name", "pictures"), [("evaluation", 4), ("night", 2)])
+def test_a_browser_lays_a_report_out(pages: dict[str, Path], tmp_path: Path, name: str, pictures: int) -> None:
     """At both widths: the page is no wider than the window, every picture has a size, nothing is loaded or logged."""
-    report = tmp_path / "report"
-    run(
-        "evaluate", "--scores", str(halves / "first-scores"), "--output", str(report), "--bootstrap", "20",
-        "--slice", "group", "--precision", "0.7", "--cost-ratio", "3",
-    )  # fmt: skip
-    page = (report / "report.html").read_text()
     # The page forbids scripts, so a frame of the wanted width measures it from outside.
-    measuring = f"""<body><iframe id="page" src="report.html" style="width:{width}px;height:900px;border:0"></iframe>
+    frame = '<iframe src="file://{}" style="width:{}px;height:900px;border:0"></iframe>'
+    measuring = f"""<body>{"".join(frame.format(pages[name], width) for width in WIDTHS)}
     <script>
-    document.getElementById("page").onload = function () {{
-      const inside = this.contentDocument, wide = inside.documentElement.scrollWidth;
-      const sizes = [...inside.querySelectorAll("figure svg")].map(one => one.getBoundingClientRect());
-      const words = [...inside.querySelectorAll("figure svg text")].map(one => one.getBoundingClientRect().height);
-      document.title = JSON.stringify({{wide: wide, pictures: sizes.map(one => [one.width, one.height]),
-        smallest: Math.min(...words), height: inside.documentElement.scrollHeight}});
+    window.onload = function () {{
+      document.title = JSON.stringify([...document.querySelectorAll("iframe")].map(frame => {{
+        const inside = frame.contentDocument, wide = inside.documentElement.scrollWidth;
+        const sizes = [...inside.querySelectorAll("figure svg")].map(one => one.getBoundingClientRect());
+        const words = [...inside.querySelectorAll("figure svg text")].map(one => one.getBoundingClientRect().height);
+        return {{wide: wide, pictures: sizes.map(one => [one.width, one.height]),
+          smallest: Math.min(...words), height: inside.documentElement.scrollHeight}};
+      }}));
     }};</script></body>"""
-    (report / "measure.html").write_text(measuring)
-    command = [
-        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run",
-        f"--user-data-dir={tmp_path / 'profile'}", "--allow-file-access-from-files", "--window-size=1400,1000",
-        "--virtual-time-budget=5000", "--dump-dom", f"file://{report / 'measure.html'}",
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    measured = json.loads(done.stdout.split("<title>")[1].split("</title>")[0].replace("&quot;", '"'))
-    assert measured["wide"] <= width
-    assert len(measured["pictures"]) == 4  # the last one is the time line: a bar a stage
-    assert all(wide > 280 and 100 < high < 500 for wide, high in measured["pictures"])
-    assert measured["smallest"] >= 8
-    assert measured["height"] > 1_000
+    (tmp_path / "measure.html").write_text(measuring)
+    told = browse(
+        tmp_path, tmp_path / "measure.html", "--window-size=1400,1000", "--virtual-time-budget=5000", "--dump-dom"
+    )
+    measured = json.loads(told.split("<title>")[1].split("</title>")[0].replace("&quot;", '"'))
+    for width, found in zip(WIDTHS, measured, strict=True):
+        assert found["wide"] <= width
+        assert len(found["pictures"]) == pictures  # the last one is the time line: a bar a stage
+        assert all(wide > 280 and 100 < high < 500 for wide, high in found["pictures"])
+        assert found["smallest"] >= 8
+        assert found["height"] > 1_000
+    page = pages[name].read_text()
     assert "http" not in page.replace("http://www.w3.org/", "").replace("http-equiv", "")
+
+
+@pytest.mark.slow
+@in_a_browser
+@pytest.mark.parametrize("name", ["evaluation", "night"])
+def test_a_browser_shows_a_report_on_a_phone(pages: dict[str, Path], tmp_path: Path, name: str) -> None:
+    browse(tmp_path, pages[name], "--window-size=390,2000", f"--screenshot={tmp_path / 'page.png'}")
+    seen = image.imread(tmp_path / "page.png")[..., :3]
+    assert seen.shape[:2] == (2000, 390)
+    assert len(np.unique(seen.reshape(-1, 3), axis=0)) > 100  # with the soft edges of letters
+    assert 0.05 < np.mean((seen < 1).any(axis=-1)) < 0.9
+    colours = {tuple(colour) for colour in np.round(255 * seen.reshape(-1, 3)).astype(int)}
+    for wanted in ("1c2024", "0b6bcb", "dde2e7"):  # text, a curve or bars, lines
+        assert tuple(bytes.fromhex(wanted)) in colours, wanted
+    # Text stands in the upper and in the lower half, and no column of pixels at the right edge is cut through.
+    dark = seen.mean(axis=-1) < 0.5
+    assert dark[:1000].any()
+    assert dark[1000:].any()
+    assert not dark[:, -4:].any()
+
+
+def printed(folder: Path, page: Path) -> tuple[set[str], int]:
+    """The colours and the number of pages of a page that is printed."""
+    path = folder / "page.pdf"
+    browse(folder, page, "--no-pdf-header-footer", f"--print-to-pdf={path}")
+    data, colours = path.read_bytes(), set()
+    for stream in re.findall(rb"stream\r?\n(.*?)endstream", data, re.DOTALL):
+        with contextlib.suppress(zlib.error):  # a stream that is not compressed
+            for colour in re.findall(rb"([\d.]+) ([\d.]+) ([\d.]+) (?:rg|RG)\b", zlib.decompress(stream)):
+                colours.add("".join(f"{round(255 * float(part)):02x}" for part in colour))
+    return colours, len(re.findall(rb"/Type /Page\b", data))
+
+
+@pytest.mark.slow
+@in_a_browser
+def test_a_report_is_printed_in_black_on_white_and_in_fewer_pages(pages: dict[str, Path], tmp_path: Path) -> None:
+    """Its rules for print are what does it: without them it looks as on the screen."""
+    screen, paper = {"1c2024", "0b6bcb", "5b646e"}, {"000000", "0b4f9c", "444444"}
+    page = pages["evaluation"].read_text()
+    start = page.index("@media print")
+    (tmp_path / "unruled.html").write_text(page[:start] + page[page.index("</style>") :])
+    colours, sheets = printed(tmp_path, tmp_path / "unruled.html")
+    assert screen <= colours
+    for name in ("evaluation", "night"):
+        found, count = printed(tmp_path, pages[name])
+        assert paper <= found
+        assert not screen & found
+        assert count >= 2
+        assert name == "night" or count < sheets

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import re
 import secrets
 import signal
 import socket
@@ -13,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -104,6 +107,20 @@ def alive_workers(address: str) -> int:
         [sys.executable, "-c", code, address], capture_output=True, text=True, check=False, env=ENVIRONMENT
     )
     return int(done.stdout.strip() or 0) if done.returncode == 0 else 0
+
+
+def worker_log(folder: Path) -> list[dict[str, Any]]:
+    """What workers have said on stderr, in a folder where Ray keeps its sessions; each line is a JSON object.
+
+    Ray puts it into ``session_*/logs/worker-*.err`` of the worker's node, among lines of its own such as
+    ``:job_id:01000000``; the driver does not print it.
+    """
+    files = sorted(folder.rglob("session_*/logs/worker-*.err"))
+    lines = [line for path in files for line in path.read_text().splitlines()]
+    found = [json.loads(line) for line in lines if not re.fullmatch(r":(job_id|actor_name|task_name):.*", line)]
+    for one in found:
+        assert {"time", "level", "logger", "message", "process"} <= set(one)
+    return found
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float) -> None:

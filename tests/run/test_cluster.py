@@ -6,9 +6,11 @@ Clusters are real: three ``ray start`` nodes on this machine, the head without C
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +23,8 @@ import pytest
 from flipkd.config import EncoderOptions, ScoreConfig
 from flipkd.run.pipeline import score
 from tests.run.conftest import RECORDS, World, record_id
-from tests.run.ray_cluster import ENVIRONMENT, Cluster, free_port, running_cluster, wait_until
+from tests.run.faults import QUOTED
+from tests.run.ray_cluster import ENVIRONMENT, Cluster, free_port, running_cluster, wait_until, worker_log
 from tests.run.test_kill import contents
 
 MakePairs = Callable[..., Path]
@@ -34,10 +37,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 def command(
-    world: World, pairs: Path, output: Path, *options: str, delay_s: float = 0.0, dies_at: str = ""
+    world: World, pairs: Path, output: Path, *options: str, delay_s: float = 0.0, dies_at: str = "", fault: str = ""
 ) -> list[str]:
     return [
-        sys.executable, "-m", "tests.run.faults", str(delay_s), f"kill:{dies_at}" if dies_at else "",
+        sys.executable, "-m", "tests.run.faults", str(delay_s), f"kill:{dies_at}" if dies_at else fault,
         "score", "--pairs", str(pairs), "--output", str(output),
         "--store", world.left_store, "--right-store", world.right_store, "--no-progress", *options,
     ]  # fmt: skip
@@ -117,18 +120,27 @@ def test_encode_and_inline_texts_on_ray_give_the_bytes_of_one_process(
     assert "encoded_texts" not in encoded[1]
 
 
-def test_ray_local_gives_the_same_bytes(world: World, make_pairs: MakePairs, tmp_path: Path) -> None:
+def test_ray_local_gives_the_same_bytes_and_json_logs(world: World, make_pairs: MakePairs, tmp_path: Path) -> None:
+    """What workers log stands in Ray's own files, an object a line, and quotes no record; see ``worker_log``."""
     pairs = make_pairs(files=6)
     expected = local_run(world, pairs, tmp_path / "undisturbed")
-    done = subprocess.run(
-        command(world, pairs, tmp_path / "out", "--ray", "local"),
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run = command(world, pairs, tmp_path / "out", "--ray", "local", "--log-format", "json", fault="tell:part-003")
+    with tempfile.TemporaryDirectory(
+        prefix="fk-", ignore_cleanup_errors=True
+    ) as folder:  # paths of sockets are bounded
+        environment = {**os.environ, "RAY_TMPDIR": folder}
+        done = subprocess.run(run, capture_output=True, text=True, timeout=180, check=False, env=environment)
+        assert done.returncode == 0, done.stderr
+        told = worker_log(Path(folder))
+        files = [path for path in Path(folder).rglob("*") if path.is_file()]
+        assert not [path for path in files if QUOTED.encode() in path.read_bytes()]
     assert contents(tmp_path / "out") == expected
+    assert all(isinstance(json.loads(line), dict) for line in done.stderr.splitlines())
+    by_logger = {one["logger"]: one for one in told}
+    assert "RuntimeWarning: a library is unhappy" in by_logger["py.warnings"]["message"]
+    assert {one["message"] for one in told if one["logger"] == "library"} == {"two\nlines", "it failed"}
+    assert by_logger["library"]["exception"][-1] == "ValueError"
+    assert QUOTED not in done.stdout + done.stderr
 
 
 @pytest.mark.slow

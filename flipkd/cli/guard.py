@@ -1,0 +1,41 @@
+"""How a command of flipkd runs: its files are private, and an error ends it in one line and its exit code.
+
+For ``flipkd-batch`` and for the scripts of ``jobs/`` alike.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import click
+
+from flipkd.cli.options import say
+from flipkd.errors import FlipkdError, told_without_data
+
+
+class GuardedCommand(click.Command):
+    """Errors that flipkd raises on purpose end in one line and their exit code, without a traceback.
+
+    Any other exception is a bug. Its message may quote a record, so its kind and its place in the code are shown alone.
+    """
+
+    def invoke(self, ctx: click.Context) -> Any:
+        # flipkd's own files are private whatever the umask; this is for those that libraries make, from their first
+        # moment.
+        previous = os.umask(0o077)
+        ctx.call_on_close(lambda: os.umask(previous))
+        try:
+            return super().invoke(ctx)
+        except FlipkdError as error:
+            say(f"Error: {error}")
+            ctx.exit(error.exit_code)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise
+        except Exception as error:
+            say(f"Error: this should not happen, please report it: {told_without_data(error)}")
+            ctx.exit(1)
+
+
+class GuardedGroup(GuardedCommand, click.Group):
+    """The same for a group: what any of its commands raises."""
