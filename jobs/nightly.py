@@ -20,22 +20,45 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
+from dataclasses import fields
 
 import click
 
 from flipkd.cli.guard import GuardedCommand
 from flipkd.cli.help import with_help
 from flipkd.cli.options import log_options, say, set_up_logging
-from flipkd.errors import ConfigError
+from flipkd.config import RunOptions, ScoreConfig
+from flipkd.errors import ConfigError, FlipkdError
 from flipkd.nightly.config import read_config
 from flipkd.nightly.folders import NIGHT_PAGE, REPORT
 from flipkd.nightly.night import Night, accept_night, run_night
+from flipkd.report.config import EvaluateConfig
+from flipkd.run.rescore_config import RescoreConfig
+
+# The sections of the YAML file, for an error that names an option of the command line.
+_SECTIONS = {"score": ScoreConfig, "rescore": RescoreConfig, "evaluate": EvaluateConfig, "run": RunOptions}
+
+
+class _Nightly(GuardedCommand):
+    """Errors of the stages name options of ``flipkd-batch``; here they are keys of the YAML file."""
+
+    def told(self, error: FlipkdError) -> str:
+        text = str(error)
+        own = {flag for parameter in self.params for flag in parameter.opts}
+        hints = []
+        for flag in dict.fromkeys(re.findall(r"--[a-z][a-z-]*[a-z]", text)):
+            key = flag[2:].replace("-", "_")
+            sections = [name for name, kind in _SECTIONS.items() if key in {field.name for field in fields(kind)}]
+            if sections and flag not in own and key != "output":
+                hints.append(f"{flag} is {key} of {' or '.join(sections)}")
+        return f"{text} (in the YAML file {', '.join(hints)})" if hints else text
 
 
 @with_help
 @click.command(
-    cls=GuardedCommand,
+    cls=_Nightly,
     help=__doc__.split("\n\n")[0],
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )

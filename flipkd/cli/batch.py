@@ -138,7 +138,7 @@ score.params += stage_options()
 def status(folder: str, watch: bool, interval: float | None, as_json: bool, log_level: str) -> None:
     """Say how far the job of an output folder is.
 
-    FOLDER is the output of encode, score, teach, train, rescore or evaluate.
+    FOLDER is the output of encode, score, teach, train, rescore or evaluate, or the folder of nights or of one night.
     """
     set_up_logging(log_level)
     if interval is not None and not watch:
@@ -147,6 +147,7 @@ def status(folder: str, watch: bool, interval: float | None, as_json: bool, log_
         from flipkd.run.watch import watch as follow
 
         sys.exit(follow(folder, interval_s=interval, as_json=as_json))
+    from flipkd.nightly.status import night_status
     from flipkd.run.status import status as read_status
 
-    print_values(read_status(folder), as_json)
+    print_values(night_status(folder) or read_status(folder), as_json)

@@ -20,6 +20,10 @@ class GuardedCommand(click.Command):
     Any other exception is a bug. Its message may quote a record, so its kind and its place in the code are shown alone.
     """
 
+    def told(self, error: FlipkdError) -> str:
+        """What is said of an error."""
+        return str(error)
+
     def invoke(self, ctx: click.Context) -> Any:
         # flipkd's own files are private whatever the umask; this is for those that libraries make, from their first
         # moment.
@@ -28,7 +32,7 @@ class GuardedCommand(click.Command):
         try:
             return super().invoke(ctx)
         except FlipkdError as error:
-            say(f"Error: {error}")
+            say(f"Error: {self.told(error)}")
             ctx.exit(error.exit_code)
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise

@@ -22,6 +22,7 @@ from flipkd.run.rescore_config import RescoreConfig
 from flipkd.run.units import fingerprint
 
 PLACEHOLDER = "{date}"
+_OTHER_PLACEHOLDER = re.compile(r"\{\w*\}")
 # Keys whose values are files or folders, wherever they stand.
 PATHS = (
     "output", "pairs", "records", "right_records", "store", "right_store", "cache", "calibration", "labels", "combine",
@@ -193,6 +194,10 @@ def read_config(path: str, date: str, *, ray: str | None = None, progress: bool 
     if isinstance(sections.get("rescore"), Mapping) and isinstance(sections.get("score"), Mapping):
         shared = {key: sections["score"][key] for key in _SHARED if key in sections["score"]}
         sections["rescore"] = {**shared, **sections["rescore"]}
+    if isinstance(sections.get("evaluate"), Mapping) and isinstance(sections.get("score"), Mapping):
+        # Gold pairs name their records as the candidates do.
+        key = [sections["score"].get(name, getattr(ScoreConfig, name)) for name in ("left_column", "right_column")]
+        sections["evaluate"] = {"key": key, **sections["evaluate"]}
     return build(NightConfig, sections, path, given)
 
 
@@ -243,6 +248,9 @@ def _located(values: Any, base: Path, key: str = "") -> Any:
 
 
 def _path(text: str, base: Path, key: str) -> str:
+    other = _OTHER_PLACEHOLDER.search(text)
+    if other is not None:
+        raise ConfigError(f"{key}: {text!r} holds {other.group()}; only {PLACEHOLDER} is known")
     if "://" in text or os.path.isabs(text):
         return text
     if not text or text.startswith(("~", "$")):

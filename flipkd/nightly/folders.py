@@ -61,12 +61,12 @@ class Nights:
             OutputError: its place is taken by something that is no whole night.
         """
         for folder in (self.root / date, self._held / date):
-            facts = _facts(folder)
+            facts = night_facts(folder)
             if facts is not None:
                 return folder, facts
             if folder.is_symlink() or folder.exists():
                 raise OutputError(f"{folder} is there and is no whole night of flipkd; move it away")
-        facts = _facts(self.unfinished(date))  # killed between the report and the move
+        facts = night_facts(self.unfinished(date))  # killed between the report and the move
         return None if facts is None else (self.unfinished(date), facts)
 
     def is_released(self, folder: Path) -> bool:
@@ -76,6 +76,15 @@ class Nights:
     def released(self) -> list[tuple[Path, dict[str, Any]]]:
         """Whole released nights, oldest first."""
         return _whole(self.root)
+
+    def all(self) -> list[Path]:
+        """Folders of all nights in order of date: released, held back, worked on or broken off."""
+        parents = [parent for parent in (self.root, self._held, self._unfinished) if parent.is_dir()]
+        folders = [folder for parent in parents for folder in parent.iterdir()]
+        found = [
+            one for one in folders if _DATE.fullmatch(one.name) and (is_night(one) or night_facts(one) is not None)
+        ]
+        return sorted(found, key=lambda folder: folder.name)
 
     def last_before(self, date: str) -> tuple[Path, dict[str, Any]] | None:
         """The newest released night before a date. One that was held back is no measure for tonight."""
@@ -88,7 +97,7 @@ class Nights:
             OutputError: there is a folder that flipkd did not make, or it cannot be written.
         """
         folder = self.unfinished(date)
-        if not _is_ours(folder):
+        if not is_night(folder):
             with writing(str(folder)):
                 make_private_folder(str(folder))
             if any(not entry.name.startswith(".") for entry in folder.iterdir()):
@@ -143,7 +152,7 @@ class Nights:
             remove_published(found[0])
         folder = self.unfinished(date)
         if folder.exists():
-            if not _is_ours(folder):
+            if not is_night(folder):
                 raise OutputError(f"{folder} holds files that flipkd did not write; move them away")
             remove_published(folder)
 
@@ -177,12 +186,13 @@ def accepted(folder: Path) -> dict[str, Any] | None:
     return read_json(open_location(folder), ACCEPTED_FILE)
 
 
-def _is_ours(folder: Path) -> bool:
+def is_night(folder: Path) -> bool:
+    """Whether flipkd made it: a night that is worked on, or a whole one."""
     found = read_json(open_location(folder), MARKER) or {}
     return not folder.is_symlink() and found.get("kind") == KIND and found.get("date") == folder.name
 
 
-def _facts(folder: Path) -> dict[str, Any] | None:
+def night_facts(folder: Path) -> dict[str, Any] | None:
     """What the report of a whole night holds; None where the folder is not one that flipkd made and finished."""
     report = folder / REPORT
     if not _DATE.fullmatch(folder.name) or folder.is_symlink() or report.is_symlink() or not is_whole(report):
@@ -196,7 +206,7 @@ def _facts(folder: Path) -> dict[str, Any] | None:
 
 def _whole(parent: Path) -> list[tuple[Path, dict[str, Any]]]:
     folders = sorted(parent.iterdir()) if parent.is_dir() else []
-    found = ((folder, _facts(folder)) for folder in folders)
+    found = ((folder, night_facts(folder)) for folder in folders)
     return [(folder, facts) for folder, facts in found if facts is not None]
 
 

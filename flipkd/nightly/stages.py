@@ -18,6 +18,7 @@ from flipkd.nightly.config import NightConfig
 from flipkd.nightly.folders import STORES
 from flipkd.report.config import EvaluateConfig
 from flipkd.report.evaluate import evaluate
+from flipkd.report.read import check_labels
 from flipkd.report.timeline import Span, job_spans
 from flipkd.run.encode import encode
 from flipkd.run.pipeline import score, summary
@@ -84,6 +85,8 @@ def run_stages(config: NightConfig, folder: Path, journal: Journal) -> dict[str,
         FlipkdError: see ``flipkd.errors``; what was finished stays, and the same call goes on from there.
     """
     _refuse_leftovers(config, folder)
+    if config.evaluate is not None:
+        check_labels(config.evaluate)
     said: dict[str, dict[str, Any]] = {}
     score_config, encodes = store_stages(config.score, folder / STORES)
     for side, one in encodes.items():

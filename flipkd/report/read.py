@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flipkd.data.location import Location, open_location
-from flipkd.data.shards import Shard, find_shards
+from flipkd.data.shards import Shard, ShardReader, find_shards
 from flipkd.errors import ConfigError, InputError
 from flipkd.report.config import EvaluateConfig
 from flipkd.report.labels import read_label_table
@@ -45,6 +45,26 @@ def read_labelled(config: EvaluateConfig, scores: Location, shards: list[Shard])
     if not len(read.pairs):
         raise InputError(_no_labels(config, read))
     return read
+
+
+def check_labels(config: EvaluateConfig) -> None:
+    """Refuses a table of labels that cannot be read or lacks a column, from its footers alone.
+
+    A job that evaluates at its end calls this at its beginning.
+
+    Raises:
+        ConfigError: a column is missing.
+        InputError: there is no such file, or it cannot be read.
+    """
+    if config.labels is None:
+        return
+    location = open_location(config.labels)
+    shards = find_shards(location)
+    keys = () if is_sample(location, shards) else config.key
+    columns = [*keys, config.label_column, *([config.weight_column] if config.weight_column is not None else [])]
+    for shard in shards:
+        with ShardReader(location, shard) as reader:
+            reader.check_columns(columns, "--key, --label-column and --weight-column name columns")
 
 
 def _read_any(config: EvaluateConfig, scores: Location, shards: list[Shard]) -> LabelledRun:

@@ -72,7 +72,10 @@ def _finished(output: Location) -> dict[str, Any] | None:
     facts = None if manifest is None else _progress(output)
     if manifest is None or facts is None or facts["fingerprint"] != manifest["fingerprint"]:
         return None
-    return {**facts, "state": "finished" if manifest["complete"] else "partial", "seconds_left": 0.0}
+    state = "finished" if manifest["complete"] else "partial"
+    found = {name: manifest.get(name) for name in ("skipped_shards", "skipped_units")}
+    skipped = {name: len(value) for name, value in found.items() if isinstance(value, list) and value}
+    return {**facts, "state": state, **skipped, "seconds_left": 0.0}
 
 
 def _left(output: Location) -> dict[str, Any] | None:

@@ -121,7 +121,8 @@ def test_an_encoder_is_a_folder_beside_the_file_or_a_name_of_the_hub(
         ({"score": {**SCORE, "threshold": True}}, r"threshold: must be a number"),
         ({"score": {**SCORE, "top_k": 1.5}}, r"top_k: must be a whole number"),
         ({"score": {**SCORE, "top_k": 0}}, r"score: --top-k must be at least 1"),
-        ({"score": {**SCORE, "columns": "score"}}, r"columns: expected a list"),
+        ({"score": {**SCORE, "columns": 3}}, r"columns: expected a list"),
+        ({"score": {**SCORE, "pairs": "pairs/{datum}"}}, r"pairs: 'pairs/\{datum\}' holds \{datum\}; only \{date\} is"),
         ({"score": {**SCORE, "left_column": 3}}, r"left_column: must be text, not 3; put it into quotes"),
         ({"score": {"encoder": "encoder"}}, r"score: pairs is missing"),
         ({"score": None}, r"score: pairs is missing"),
@@ -203,3 +204,14 @@ def test_the_cascade_reads_records_and_columns_as_score_does(tmp_path: Path) -> 
     assert config.rescore.llm.prompt_file == str(tmp_path / "p.txt")
     assert config.rescore.scores == config.score.output
     assert config.rescore.run.ray == config.score.run.ray == "auto"
+
+
+def test_gold_pairs_have_the_columns_of_the_candidates(tmp_path: Path) -> None:
+    def key(**evaluate: Any) -> tuple[str, ...]:
+        score = {**SCORE, "left_column": "cust_no", "right_column": "ref"}
+        found = read_config(write(tmp_path, score=score, evaluate={"labels": "gold.parquet", **evaluate}), SECOND)
+        assert found.evaluate is not None
+        return found.evaluate.key
+
+    assert key() == ("cust_no", "ref")
+    assert key(key="a, b") == key(key=["a", "b"]) == ("a", "b")

@@ -16,7 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 
+from flipkd.cli import main
 from flipkd.config import EncoderOptions, ScoreConfig
 from flipkd.data.location import Location, open_location
 from flipkd.run import encode as encode_module
@@ -349,3 +351,38 @@ def test_as_json(bank: Bank) -> None:
     assert (found["date"], found["released"], found["current"]) == (SECOND, True, SECOND)
     assert [gate["name"] for gate in found["gates"]] == ["max_skipped_files", "max_score_psi", "max_pairs_change"]
     assert Path(found["report"]).exists()
+
+
+def test_mistakes_are_found_before_the_work_and_named_as_keys(bank: Bank) -> None:
+    bank.pairs(SECOND)
+    bank.customers(SECOND, bank.texts[0])
+    told = bank.run(SECOND, code=2, evaluate={"labels": "gold.parquet", "key": ["left_id", "ref"]}).stderr
+    assert "gold.parquet has no column 'ref'" in told
+    assert "--key is key of evaluate" in told
+    assert not (bank.nights / "_unfinished" / SECOND / "stores").exists()
+    told = bank.run(SECOND, code=2, score={"id_column": "number"}).stderr
+    assert "has no column 'number'" in told
+    assert "--id-column is id_column of score or rescore" in told
+
+
+def test_status_of_nights_and_of_one(bank: Bank) -> None:
+    def said(folder: Path) -> dict[str, Any]:
+        result = CliRunner().invoke(main, ["status", str(folder), "--json"])
+        assert result.exit_code == 0, result.output
+        found: dict[str, Any] = json.loads(result.stdout)
+        return found
+
+    bank.pairs(SECOND)
+    bank.customers(SECOND, bank.texts[0])
+    bank.run(SECOND, code=3, gates={"max_pairs_change": 0.0, "min_match_rate": 0.999})
+    bank.run(THIRD, code=1)  # its records are not there
+    found = said(bank.nights)
+    assert (found["kind"], found["current"], found["running"]) == ("nights", FIRST, False)
+    assert [(night["date"], night["state"]) for night in found["nights"]] == [
+        (FIRST, "released"), (SECOND, "held"), (THIRD, "unfinished")
+    ]  # fmt: skip
+    assert found["nights"][1]["tripped"] == ["min_match_rate"]
+    assert said(bank.nights / FIRST)["state"] == "released"
+    assert said(bank.nights / "_held" / SECOND)["report"].endswith(f"_held/{SECOND}/report/night.html")
+    assert said(bank.nights / "_unfinished" / THIRD)["stages"] == []
+    assert said(bank.nights / FIRST / "scores")["kind"] == "score"
