@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from tests.privacy.canary import ID_WORD, TEXT, World, files, leaks, words_in, write
-from tests.run.ray_cluster import RAY, ROOT, free_port, wait_until, worker_log
+from tests.run.ray_cluster import RAY, ROOT, free_port, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -133,8 +133,6 @@ def test_no_word_of_a_record_stays_with_ray(
     write(tmp_path / "in/odd/1.parquet", **texts, x=[[TEXT]])
     odd = ["--scores", tmp_path / "in/odd", "--llm", base_dir, "--band", "0:1", "--left-text", "x"]
     flipkd(head, "rescore", *odd, "--output", out / "odd", code=2)
-    told = {one["logger"] for one in worker_log(head.folder)}
-    assert {"filelock", "py.warnings"} <= told, told
     faults = {"unit": "this should not happen, please report it", "start": "a worker could not start"}
     for where, message in faults.items():
         options = ["--encoder", minilm_dir, "--pairs", world.inline, "--output", out / "fault", "--no-progress"]
