@@ -25,16 +25,16 @@ from flipkd.assets import icd9_descriptions, minilm_folder, smollm2_folder
 from tests.small_models import make_base
 
 # Nodes on one machine choose their ports as they start, so that two clusters must not start at one time.
-STARTS_RAY = ("run/test_cluster.py", "run/test_metrics.py", "privacy/test_ray.py", "distill/test_cluster.py")
+STARTS_CLUSTERS = ("run/test_cluster.py", "run/test_metrics.py", "privacy/test_ray.py", "distill/test_cluster.py")
 
 WriteParquet = Callable[..., Path]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of one file run in one process, as their fixtures are made for all of them; so do all that start Ray."""
+    """Tests of one file run in one process, as their fixtures are made for all of them; so do all that start nodes."""
     for item in items:
         file = item.path.relative_to(Path(__file__).parent).as_posix()
-        item.add_marker(pytest.mark.xdist_group("ray" if file in STARTS_RAY else file))
+        item.add_marker(pytest.mark.xdist_group("ray" if file in STARTS_CLUSTERS else file))
 
 
 @pytest.fixture(scope="session")

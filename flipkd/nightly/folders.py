@@ -80,11 +80,8 @@ class Nights:
     def all(self) -> list[Path]:
         """Folders of all nights in order of date: released, held back, worked on or broken off."""
         parents = [parent for parent in (self.root, self._held, self._unfinished) if parent.is_dir()]
-        folders = [folder for parent in parents for folder in parent.iterdir()]
-        found = [
-            one for one in folders if _DATE.fullmatch(one.name) and (is_night(one) or night_facts(one) is not None)
-        ]
-        return sorted(found, key=lambda folder: folder.name)
+        folders = [folder for parent in parents for folder in parent.iterdir() if _DATE.fullmatch(folder.name)]
+        return sorted(filter(is_night, folders), key=lambda folder: folder.name)
 
     def last_before(self, date: str) -> tuple[Path, dict[str, Any]] | None:
         """The newest released night before a date. One that was held back is no measure for tonight."""

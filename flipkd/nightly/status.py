@@ -25,7 +25,7 @@ def night_status(folder: str) -> dict[str, Any] | None:
     if not location.is_local:
         return None
     path = Path(location.path)
-    if is_night(path) or night_facts(path) is not None:
+    if is_night(path):
         return {"kind": KIND, **_night(path)}
     nights = Nights(folder)
     found = [_night(one) for one in nights.all()]

@@ -16,6 +16,9 @@ from flipkd.data.shards import Shard, ShardReader
 from flipkd.errors import ConfigError, InputError
 from flipkd.vectors.id_types import check_id_type, plain
 
+# Options that name columns of a table of labels, for messages.
+LABEL_OPTIONS = "--key, --label-column and --weight-column"
+
 Floats = npt.NDArray[np.float64]
 
 
@@ -144,7 +147,7 @@ def read_table(location: Location, shards: Sequence[Shard], columns: Sequence[st
         with ShardReader(location, shard) as reader:
             groups = reader.row_group_rows
             wanted = columns if columns is not None else reader.schema.names
-            reader.check_columns(wanted, "--key, --label-column and --weight-column name columns")
+            reader.check_columns(wanted, f"{LABEL_OPTIONS} name columns")
             tables += reader.batches(wanted, 1 << 20, row_groups=(0, len(groups)), skip_rows=0, rows=sum(groups))
     try:
         return pa.concat_tables(tables, promote_options="permissive")
@@ -182,7 +185,7 @@ def read_label_table(
     """
     columns = [*key, label_column, *([weight_column] if weight_column is not None else [])]
     if len(set(columns)) != len(columns):
-        raise ConfigError(f"--key, --label-column and --weight-column name a column twice: {', '.join(columns)}")
+        raise ConfigError(f"{LABEL_OPTIONS} name a column twice: {', '.join(columns)}")
     table = read_table(location, shards, columns)
     source = location.uri
     labels = read_labels(table.column(label_column), label_column, source, allows_null=True)

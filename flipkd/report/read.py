@@ -8,7 +8,7 @@ from flipkd.data.location import Location, open_location
 from flipkd.data.shards import Shard, ShardReader, find_shards
 from flipkd.errors import ConfigError, InputError
 from flipkd.report.config import EvaluateConfig
-from flipkd.report.labels import read_label_table
+from flipkd.report.labels import LABEL_OPTIONS, read_label_table
 from flipkd.report.pairs import LabelledPairs, PairCounts, from_label_column, from_label_table
 from flipkd.report.sample import is_sample, read_sample, sample_facts
 from flipkd.report.scan import RowCounts, column_names, count_rows, scan, scores_identity
@@ -64,7 +64,7 @@ def check_labels(config: EvaluateConfig) -> None:
     columns = [*keys, config.label_column, *([config.weight_column] if config.weight_column is not None else [])]
     for shard in shards:
         with ShardReader(location, shard) as reader:
-            reader.check_columns(columns, "--key, --label-column and --weight-column name columns")
+            reader.check_columns(columns, f"{LABEL_OPTIONS} name columns")
 
 
 def _read_any(config: EvaluateConfig, scores: Location, shards: list[Shard]) -> LabelledRun:

@@ -217,9 +217,9 @@ def _check_ids(pairs: Location, plan: Plan, columns: Sequence[str], encodes: Seq
 
 def _check_output_columns(task: ScoreTask, pairs: Location, plan: Plan) -> None:
     """Columns that cannot be written are refused before any work, and before --overwrite deletes any file."""
-    shards = {unit.shard.name: unit.shard for unit in plan.units}
+    shards = list({unit.shard.name: unit.shard for unit in plan.units}.values())
     # All of them where names were given: a file that lacks one would stop the job half-way.
-    for shard in list(shards.values()) if task.columns is not None else list(shards.values())[:1]:
+    for shard in shards if task.columns is not None else shards[:1]:
         with ShardReader(pairs, shard) as reader:
             made = output_columns(task, reader.schema.names)
             passed = [name for name in made if name not in SCORE_COLUMNS]

@@ -11,6 +11,7 @@ import resource
 import shutil
 import sys
 import unicodedata
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def make_store(folder: Path) -> Path:
     return folder / "store"
 
 
-class Judge:
+class Judge(ABC):
     """Runs a job over files and says what came of each: ``error``, ``rows``, or what is wrong.
 
     Args:
@@ -78,17 +79,17 @@ class Judge:
             return f"WRONG: {manifest['rows_in']} rows of {ROWS}, and no error"
         return self.check(self.input / name) or "rows"
 
+    @abstractmethod
     def run(self) -> Mapping[str, Any]:
         """The job over the file; its manifest."""
-        raise NotImplementedError
 
     def outputs(self) -> list[Path]:
         """Outputs that a failed job must not leave."""
         return [path for path in self.output.rglob("*") if path.suffix in (".parquet", ".tmp")]
 
+    @abstractmethod
     def check(self, path: Path) -> str:
         """Whether the output is what the file now says; "" if so."""
-        raise NotImplementedError
 
 
 def told(error: FlipkdError, name: str) -> str:
