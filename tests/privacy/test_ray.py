@@ -114,6 +114,7 @@ def test_no_word_of_a_record_stays_with_ray(
     flipkd(head, "score", "--encoder", minilm_dir, "--pairs", world.inline, "--output", out / "inline")
     taught = ["--teacher", minilm_dir, "--pairs", world.pairs, "--records", world.records]
     flipkd(head, "teach", *taught, "--output", out / "taught")
+    assert any(one["logger"].startswith("flipkd.") for one in worker_log(head.folder))  # Ray Train's processes log text
     student = ["--student", base_dir, "--layer", "2", "--dimension", "8", "--rank", "4", "--threads", "1"]
     steps = ["--steps", "2", "--batch-pairs", "8", "--workers", "1", "--gpus", "0"]
     flipkd(head, "train", *student, "--pairs", out / "taught", "--output", out / "run", *steps)
@@ -133,8 +134,6 @@ def test_no_word_of_a_record_stays_with_ray(
     write(tmp_path / "in/odd/1.parquet", **texts, x=[[TEXT]])
     odd = ["--scores", tmp_path / "in/odd", "--llm", base_dir, "--band", "0:1", "--left-text", "x"]
     flipkd(head, "rescore", *odd, "--output", out / "odd", code=2)
-    told = {one["logger"] for one in worker_log(head.folder)}
-    assert {"filelock", "py.warnings"} <= told, told
     faults = {"unit": "this should not happen, please report it", "start": "a worker could not start"}
     for where, message in faults.items():
         options = ["--encoder", minilm_dir, "--pairs", world.inline, "--output", out / "fault", "--no-progress"]
