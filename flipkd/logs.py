@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 LogFormat = Literal["text", "json"]
 LOG_FORMATS: tuple[LogFormat, ...] = ("text", "json")
@@ -87,14 +87,33 @@ def adopt_handlers(*names: str) -> None:
         return
     for name in names:
         library = logging.getLogger(name)
-        for old in list(library.handlers):
-            if isinstance(old, logging.StreamHandler) and not isinstance(old, logging.FileHandler):
-                new = logging.StreamHandler(old.stream)
-                new.setFormatter(_formatter(_current))
-                new.setLevel(_current.level.upper())
-                new.filters = list(old.filters)
-                library.removeHandler(old)
-                library.addHandler(new)
+        for old in _console_handlers(library):
+            new = logging.StreamHandler(old.stream)
+            new.setFormatter(_formatter(_current))
+            new.setLevel(_current.level.upper())
+            new.filters = list(old.filters)
+            library.removeHandler(old)
+            library.addHandler(new)
+
+
+def log_as_worker(options: LogOptions, *names: str) -> None:
+    """For the rest of a process that a cluster has started; ``names`` as in ``adopt_handlers``.
+
+    What the cluster's own library has set up to print all logs goes: each would stand there twice.
+    """
+    root = logging.getLogger()
+    for handler in _console_handlers(root):
+        root.removeHandler(handler)
+    log_to_stderr(options)
+    adopt_handlers(*names)
+
+
+def _console_handlers(logger: logging.Logger) -> list[logging.StreamHandler[Any]]:
+    return [
+        handler
+        for handler in logger.handlers
+        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler)
+    ]
 
 
 def _formatter(options: LogOptions) -> logging.Formatter:

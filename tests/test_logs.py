@@ -19,7 +19,7 @@ import pytest
 from click.testing import CliRunner
 
 from flipkd.cli import main
-from flipkd.logs import LogOptions, adopt_handlers, current_options, logging_to_stderr
+from flipkd.logs import LogOptions, adopt_handlers, current_options, log_as_worker, logging_to_stderr
 
 CANARY_TEXT, CANARY_ID = "zanzibar marmalade quokka", "canary-4711-id"
 # `flipkd-batch` with a worker that warns as libraries do, and one file that cannot be read: a job that has much to say.
@@ -133,6 +133,22 @@ def test_what_was_set_up_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     logging.getLogger("flipkd.test").error("not here")
     assert (root.level, list(root.handlers), warnings.showwarning) == before
     assert [one["message"] for one in objects(sys.stderr.getvalue())] == ["seen"]  # type: ignore[attr-defined]
+
+
+def test_a_worker_logs_once_whatever_its_cluster_has_set_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    theirs, ours, root = io.StringIO(), io.StringIO(), logging.getLogger()
+    kept = logging.FileHandler(tmp_path / "theirs.log")
+    monkeypatch.setattr(root, "handlers", [logging.StreamHandler(theirs), kept])
+    monkeypatch.setattr(root, "level", root.level)
+    monkeypatch.setattr("flipkd.logs._current", None)
+    monkeypatch.setattr(sys, "stderr", ours)
+    log_as_worker(LogOptions("warning", "json"))
+    logging.captureWarnings(False)
+    logging.getLogger("library").warning("it says")
+    kept.close()
+    assert theirs.getvalue() == ""
+    assert [one["message"] for one in objects(ours.getvalue())] == ["it says"]
+    assert (tmp_path / "theirs.log").read_text() == "it says\n"
 
 
 def test_a_librarys_own_handlers_become_json(monkeypatch: pytest.MonkeyPatch) -> None:

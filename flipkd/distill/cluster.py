@@ -7,6 +7,7 @@ must lie on a disk that all nodes see. What the workers exchange, says ``flipkd.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import tempfile
@@ -22,8 +23,8 @@ from flipkd.distill.run_folder import RunFolder
 from flipkd.distill.train import output_path, run_facts, summary, train_worker
 from flipkd.distill.training_data import read_training_data
 from flipkd.errors import ClusterError, ConfigError, FlipkdError, told_without_data
-from flipkd.logs import current_options, log_to_stderr
-from flipkd.run.cluster import connect
+from flipkd.logs import current_options, log_as_worker
+from flipkd.run.cluster import RAY_LOGGERS, connect
 
 try:
     import ray
@@ -56,7 +57,7 @@ def train_on_ray(config: TrainConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="flipkd-train-") as storage:
         trainer = ray.train.torch.TorchTrainer(
             _worker,
-            train_loop_config={"config": config, "threads": threads, "logs": current_options()},
+            train_loop_config={"config": config, "threads": threads, "logs": current_options(), "folder": os.getcwd()},
             scaling_config=ray.train.ScalingConfig(
                 num_workers=count,
                 use_gpu=gpus > 0,
@@ -95,7 +96,10 @@ def _worker(task: dict[str, Any]) -> None:
 def _train_share(task: dict[str, Any]) -> None:
     config: TrainConfig = task["config"]
     if task["logs"] is not None:
-        log_to_stderr(task["logs"])
+        log_as_worker(task["logs"], *RAY_LOGGERS)
+    # Ray Train starts its workers in a folder of its own; a relative path is meant as the driver sees it.
+    with contextlib.suppress(OSError):  # not there on this node: then no path is relative to it
+        os.chdir(task["folder"])
     torch.set_num_threads(task["threads"])
     context = ray.train.get_context()
     workers = Workers(context.get_world_rank(), context.get_world_size())

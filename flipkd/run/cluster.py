@@ -23,7 +23,7 @@ from flipkd.config import RunOptions
 from flipkd.data.commit import read_json
 from flipkd.data.location import Location
 from flipkd.errors import ClusterError, ConfigError, FlipkdError, told_without_data
-from flipkd.logs import LogOptions, adopt_handlers, current_options, log_to_stderr
+from flipkd.logs import LogOptions, adopt_handlers, current_options, log_as_worker
 from flipkd.models.progress import Listener
 from flipkd.run.local import UnitFunction, attempt
 from flipkd.run.manifest import UnitReport, read_report
@@ -40,7 +40,7 @@ except ImportError as missing:
 
 logger = logging.getLogger(__name__)
 
-_RAY_LOGGERS = ("ray", "ray.data", "ray.train")
+RAY_LOGGERS = ("ray", "ray.data", "ray.train")
 
 
 class _UnitActor:
@@ -57,8 +57,7 @@ class _UnitActor:
     ) -> None:
         os.umask(0o077)
         if logs is not None:
-            log_to_stderr(logs)
-            adopt_handlers(*_RAY_LOGGERS)
+            log_as_worker(logs, *RAY_LOGGERS)
         # Ray writes what is raised here into its logs and into its tables of actors: neither may hold a record.
         try:
             self._worker = make_worker(threads)
@@ -183,7 +182,7 @@ def connect(address: str) -> None:
     Raises:
         ClusterError: there is no cluster, or it refuses this client.
     """
-    adopt_handlers(*_RAY_LOGGERS)
+    adopt_handlers(*RAY_LOGGERS)
     log = current_options()
     if log is not None and log.form == "json":
         os.environ.setdefault("RAY_BACKEND_LOG_JSON", "1")  # of what Ray's C++ says on stderr

@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from flipkd.data.folders import is_whole
 from flipkd.distill.config import TrainConfig
 from flipkd.distill.train import train
 from tests.distill.conftest import MakeConfig
+from tests.run.ray_cluster import ROOT
 
 
 def command(config: TrainConfig) -> list[str]:
@@ -49,8 +52,20 @@ def test_two_workers_give_the_curve_of_one(make_config: MakeConfig, tmp_path: Pa
     one = make_config(output=str(tmp_path / "one"), **options)
     train(one)
     two = make_config(output=str(tmp_path / "two"), **options)
-    done = subprocess.run(command(two), check=True, capture_output=True, text=True, timeout=300, env=environment())
+    # Paths are relative, as the driver sees them; and a training worker logs objects.
+    near = replace(two, pairs=os.path.relpath(two.pairs, tmp_path), output="two")
+    run = [*command(near), "--log-format", "json", "--log-level", "debug"]
+    with tempfile.TemporaryDirectory(prefix="fk-", ignore_cleanup_errors=True) as folder:  # a short name, for sockets
+        places = {**environment(), "RAY_TMPDIR": folder, "PYTHONPATH": ROOT}
+        done = subprocess.run(run, check=True, capture_output=True, text=True, timeout=300, env=places, cwd=tmp_path)
+        logs = sorted(Path(folder).glob("ray/session_2*/logs/worker-*.err"))
+        told = [path.read_text() for path in logs if ":actor_name:RayTrainWorker" in path.read_text()]
     assert json.loads(done.stdout.strip().splitlines()[-1])["steps"] == 24
+    assert len(told) == 2
+    for text in told:  # all but what Ray says before flipkd's code runs
+        lines = [line for line in text.splitlines() if not line.startswith((":", "Setting up process group"))]
+        assert all(isinstance(json.loads(line), dict) for line in lines), text
+    assert '"logger": ' in "".join(told)
     assert_same_curve(two, one)
     assert is_whole(tmp_path / "two" / "adapter")
 

@@ -124,10 +124,10 @@ def test_ray_local_gives_the_same_bytes_and_json_logs(world: World, make_pairs: 
     """What workers log stands in Ray's own files, an object a line, and quotes no record; see ``worker_log``."""
     pairs = make_pairs(files=6)
     expected = local_run(world, pairs, tmp_path / "undisturbed")
-    run = command(world, pairs, tmp_path / "out", "--ray", "local", "--log-format", "json", fault="tell:part-003")
-    with tempfile.TemporaryDirectory(
-        prefix="fk-", ignore_cleanup_errors=True
-    ) as folder:  # paths of sockets are bounded
+    logs = ("--log-format", "json", "--log-level", "debug")
+    run = command(world, pairs, tmp_path / "out", "--ray", "local", *logs, fault="tell:part-003")
+    # Its name is short, as paths of sockets are bounded.
+    with tempfile.TemporaryDirectory(prefix="fk-", ignore_cleanup_errors=True) as folder:
         environment = {**os.environ, "RAY_TMPDIR": folder}
         done = subprocess.run(run, capture_output=True, text=True, timeout=180, check=False, env=environment)
         assert done.returncode == 0, done.stderr
@@ -137,6 +137,7 @@ def test_ray_local_gives_the_same_bytes_and_json_logs(world: World, make_pairs: 
     assert contents(tmp_path / "out") == expected
     assert all(isinstance(json.loads(line), dict) for line in done.stderr.splitlines())
     by_logger = {one["logger"]: one for one in told}
+    assert any(name.startswith("ray.data") for name in by_logger)  # what Ray itself says in a worker
     assert "RuntimeWarning: a library is unhappy" in by_logger["py.warnings"]["message"]
     assert {one["message"] for one in told if one["logger"] == "library"} == {"two\nlines", "it failed"}
     assert by_logger["library"]["exception"][-1] == "ValueError"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 
+from flipkd.cli import main
 from flipkd.config import EncodeConfig, EncoderOptions, RunOptions, ScoreConfig
 from flipkd.data.location import open_location
 from flipkd.data.shards import find_shards
@@ -47,6 +50,26 @@ def config(world: World, pairs: Path, output: Path, **options: Any) -> ScoreConf
 def pair_table(rows: list[tuple[int, int]], **columns: Any) -> pa.Table:
     left, right = ([record_id(value) for value in side] for side in zip(*rows, strict=True))
     return pa.table({"left_id": left, "right_id": right, **columns})
+
+
+@contextlib.contextmanager
+def not_as_root(*folders: Path, owned: Path | None = None) -> Iterator[None]:
+    """Root reads everything: become somebody else, who may look into these folders, and to whom one belongs."""
+    if os.geteuid() != 0:
+        yield
+        return
+    for folder in folders:
+        for one in (folder, *folder.parents):
+            one.chmod(one.stat().st_mode | 0o055)
+    if owned is not None:
+        os.chown(owned, 65534, -1)
+        for one in owned.parents:
+            one.chmod(one.stat().st_mode | 0o055)
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
 
 
 def test_scores_are_the_cosines_in_input_order(world: World, make_pairs: MakePairs, tmp_path: Path) -> None:
@@ -237,13 +260,35 @@ def test_a_zero_row_shard_among_others_and_alone(world: World, make_pairs: MakeP
     empty = pq.read_table(pairs / "part-000.parquet").slice(0, 0)
     pq.write_table(empty, pairs / "part-0005.parquet")
     assert score(config(world, pairs, tmp_path / "out"))["rows_in"] == 120
-    assert len(list((tmp_path / "out").glob("*.parquet"))) == 5
+    outputs = sorted((tmp_path / "out").glob("*.parquet"))
+    assert len(outputs) == 5
+    schemas = {path.name.partition(".")[0]: pq.read_schema(path) for path in outputs}
+    assert all(schema.equals(schemas["part-0005"]) for schema in schemas.values())  # names and types
     for path in pairs.glob("*.parquet"):
         pq.write_table(empty, path)
     assert score(config(world, pairs, tmp_path / "none"))["rows_out"] == 0
     found = read_scores(tmp_path / "none")
     assert found.num_rows == 0
+    assert found.schema.equals(schemas["part-000"])
     assert found.schema.names == ["left_id", "right_id", "n", "score", "reason", "truncated"]
+
+
+@pytest.mark.parametrize("options", [{"threshold": 0.5}, {"top_k": 2}, {"min_score": 0.1}], ids=str)
+def test_an_empty_output_has_the_types_of_any(
+    world: World, make_pairs: MakePairs, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """ray#28505: with columns that only some options add, and others passed through as dictionary and list."""
+    pairs = make_pairs(files=1)
+    table = pq.read_table(pairs / "part-000.parquet")
+    table = table.append_column("word", pa.array(["x"] * len(table)).dictionary_encode())
+    table = table.append_column("tags", pa.array([["x"]] * len(table)))
+    for rows in (len(table), 0):
+        pq.write_table(table.slice(0, rows), pairs / "part-000.parquet")
+        score(config(world, pairs, tmp_path / f"out-{rows}", **options))
+    whole, empty = (read_scores(tmp_path / f"out-{rows}") for rows in (len(table), 0))
+    assert whole.num_rows > 0
+    assert empty.num_rows == 0
+    assert empty.schema.equals(whole.schema)
 
 
 def test_hive_folders_are_mirrored(world: World, tmp_path: Path) -> None:
@@ -325,20 +370,36 @@ def test_a_file_without_read_permission_is_named(world: World, make_pairs: MakeP
     pairs = make_pairs(files=2)
     (pairs / "part-001.parquet").chmod(0)
     root = open_location(pairs)
-    is_root = os.geteuid() == 0
-    if is_root:  # root reads everything: become somebody else for a moment
-        for folder in (pairs, *pairs.parents):
-            folder.chmod(folder.stat().st_mode | 0o055)
-        os.seteuid(65534)
-    try:
+    with not_as_root(pairs):
         with pytest.raises(InputError, match=r"part-001\.parquet.*Permission denied"):
             plan_units(root, find_shards(root), 100, "run")
         plan = plan_units(root, find_shards(root), 100, "run", skip_bad_shards=True)
         assert [unit.shard.name for unit in plan.units] == ["part-000.parquet"]
         assert [name for name, _ in plan.bad_shards] == ["part-001.parquet"]
-    finally:
-        if is_root:
-            os.seteuid(0)
+
+
+def test_a_file_without_read_permission_ends_in_the_exit_code_of_a_skipped_one(
+    world: World, make_pairs: MakePairs, tmp_path: Path
+) -> None:
+    """Spark PR#16474."""
+    pairs = make_pairs(files=2)
+    (pairs / "part-001.parquet").chmod(0)
+    output = tmp_path / "out"
+    output.mkdir()
+    for store in (world.left_store, world.right_store):
+        for path in Path(store).iterdir():
+            path.chmod(path.stat().st_mode | 0o044 | (0o011 if path.is_dir() else 0))
+    options = ["--pairs", pairs, "--store", world.left_store, "--right-store", world.right_store, "--output", output]
+    words = ["score", *map(str, options), "--no-progress"]
+    with not_as_root(pairs, Path(world.left_store), Path(world.right_store), owned=output):
+        failed = CliRunner().invoke(main, words)
+        skipped = CliRunner().invoke(main, [*words, "--on-bad-shard", "skip"])
+    assert failed.exit_code == 1, failed.output
+    assert "part-001.parquet" in failed.output
+    assert "Permission denied" in failed.output
+    assert skipped.exit_code == 3, skipped.output
+    assert "partial: 1 files or units were skipped" in skipped.output
+    assert read_scores(output).num_rows == 30
 
 
 def test_another_runs_output_is_refused_and_can_be_overwritten(
