@@ -70,7 +70,7 @@ def as_cascade(score: ScoreConfig, rescore: RescoreConfig, scores: str | None = 
     if records is None:
         records, right_records = score.records, score.right_records
     of_the_right = ("right_id_column", "right_text_column", "right_template")
-    right = {name: getattr(score, name) if right_records is not None else None for name in of_the_right}
+    right: dict[str, Any] = {name: getattr(score, name) if right_records is not None else None for name in of_the_right}
     return Cascade(
         replace(score, output=folder),
         replace(

