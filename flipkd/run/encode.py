@@ -71,11 +71,15 @@ def encoder_fingerprint(options: EncoderOptions) -> str:
 
     Raises:
         ModelError: the folder cannot be loaded, or may not be.
+        ConfigError: the maximum length is more than the model can take.
     """
     from flipkd.models.folder import folder_fingerprint, read_folder
+    from flipkd.models.longest_text import check_max_length
     from flipkd.models.trust import check_code
 
-    check_code(read_folder(options.folder).transformer_path, options.trust_remote_code)  # before any work
+    transformer_path = read_folder(options.folder).transformer_path
+    check_code(transformer_path, options.trust_remote_code)  # before any work
+    check_max_length(transformer_path, options.max_length)
     return fingerprint({"folder": folder_fingerprint(options.folder, options.max_length), "dtype": options.dtype})
 
 

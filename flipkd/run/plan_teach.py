@@ -17,6 +17,7 @@ from flipkd.data.records import as_text
 from flipkd.data.shards import Shard, ShardReader, find_shards
 from flipkd.data.teacher_scores import TEACHER_COLUMNS, TeacherFacts
 from flipkd.errors import ConfigError, InputError
+from flipkd.models.longest_text import check_max_length
 from flipkd.models.teacher import read_cross_encoder, teacher_kind
 from flipkd.models.trust import check_code
 from flipkd.run.cached_encoder import cache_root
@@ -101,6 +102,7 @@ def _teacher(config: TeachConfig, kind: str, label_column: str | None) -> Teache
         raise ConfigError("--encoder-dtype int8 is for bi-encoders; a cross-encoder takes float32 or bf16")
     folder = read_cross_encoder(options.folder)
     check_code(folder.transformer_path, options.trust_remote_code)
+    check_max_length(folder.transformer_path, options.max_length, is_cross_encoder=True)
     own = fingerprint({"folder": folder.fingerprint(options.max_length), "dtype": options.dtype})
     return TeacherFacts(folder.scale, folder.activation, own, kind, columns, label_column)
 
