@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from flipkd.checks import check_cache, check_cosine, check_positive, check_probability
 from flipkd.errors import ConfigError
+from flipkd.models.device import DEVICES
+from flipkd.record_sides import RecordSides, text_template
 
 VectorDtype = Literal["float32", "bf16", "int8"]
 VECTOR_DTYPES: tuple[VectorDtype, ...] = ("float32", "bf16", "int8")
@@ -87,6 +90,16 @@ class EncoderOptions:
     max_tokens: int | None = None
     trust_remote_code: bool = False
 
+    def __post_init__(self) -> None:
+        if self.dtype not in VECTOR_DTYPES:
+            raise ConfigError(f"--encoder-dtype must be one of {', '.join(VECTOR_DTYPES)}, not {self.dtype!r}")
+        if self.device not in DEVICES:
+            raise ConfigError(f"--device must be one of {', '.join(DEVICES)}, not {self.device!r}")
+        for name in ("max_length", "max_tokens"):
+            value = getattr(self, name)
+            if value is not None:
+                check_positive(name.replace("_", "-"), value)
+
 
 @dataclass(frozen=True)
 class EncodeConfig:
@@ -120,17 +133,17 @@ class EncodeConfig:
 
     def __post_init__(self) -> None:
         _check_dtype(self.dtype)
-        _check_positive("rows-per-unit", self.rows_per_unit)
-        _check_cache(self.cache, self.cache_limit_bytes)
+        check_positive("rows-per-unit", self.rows_per_unit)
+        check_cache(self.cache, self.cache_limit_bytes)
 
     @property
     def text_template(self) -> str:
         """The template; a plain text column is the template of that column alone."""
-        return _text_template(self.template, self.text_column)
+        return text_template(self.template, self.text_column)
 
 
 @dataclass(frozen=True)
-class ScoreConfig:
+class ScoreConfig(RecordSides):
     """Candidate pairs to scores. Exactly one of: ``store``; ``encoder`` with ``records``; ``encoder`` alone (inline).
 
     Args:
@@ -142,6 +155,7 @@ class ScoreConfig:
         encoder: encodes ``records`` or the inline texts first.
         records: record table of the left (and right) records; ``right_records`` of the right ones where they differ.
         id_column, text_column, template, dtype: as in ``EncodeConfig``.
+        right_id_column, right_text_column, right_template: of ``right_records``; None: as for ``records``.
         cache: folder that keeps the stores made from ``records`` (None: they are deleted at the end), and the text
             cache; ``cache_limit_bytes`` as in ``EncodeConfig``, for the text cache alone.
         threshold: adds the column ``match``: probability (with a calibration, else score) at least this.
@@ -178,17 +192,21 @@ class ScoreConfig:
     calibration: str | None = None
     rows_per_unit: int = 4_000_000
     run: RunOptions = field(default_factory=RunOptions)
+    right_id_column: str | None = None
+    right_text_column: str | None = None
+    right_template: str | None = None
 
     def __post_init__(self) -> None:
         _check_dtype(self.dtype)
-        _check_positive("rows-per-unit", self.rows_per_unit)
-        _check_cache(self.cache, self.cache_limit_bytes)
+        check_positive("rows-per-unit", self.rows_per_unit)
+        check_cache(self.cache, self.cache_limit_bytes)
         if self.top_k is not None:
-            _check_positive("top-k", self.top_k)
-        for name in ("threshold", "min_score"):
-            value = getattr(self, name)
-            if value is not None and value != value:
-                raise ConfigError(f"--{name.replace('_', '-')} must be a number, not NaN")
+            check_positive("top-k", self.top_k)
+        check_cosine("min-score", self.min_score)
+        if self.calibration is None:
+            check_cosine("threshold", self.threshold)
+        else:
+            check_probability("threshold", self.threshold, "with --calibration it is a probability")
         if self.store is not None and (self.encoder is not None or self.records is not None):
             raise ConfigError(
                 "give either --store (vectors are ready) or --encoder (texts are encoded first), not both"
@@ -199,8 +217,8 @@ class ScoreConfig:
             )
         if self.right_store is not None and self.store is None:
             raise ConfigError("--right-store needs --store")
-        if self.right_records is not None and self.records is None:
-            raise ConfigError("--right-records needs --records")
+        # With stores the options are for the texts that the LLM of a cascade reads.
+        self.check_record_sides((self.right_records or self.right_store) is not None)
         if self.columns is not None:
             if not self.columns:
                 raise ConfigError("--columns is empty; name at least one, for instance score")
@@ -219,7 +237,7 @@ class ScoreConfig:
 
 
 @dataclass(frozen=True)
-class TeachConfig:
+class TeachConfig(RecordSides):
     """Pairs to teacher scores. The pairs hold texts; or, with ``records``, ids of records.
 
     Args:
@@ -231,6 +249,7 @@ class TeachConfig:
         left_column: ids of the left records; ``right_column`` the right ones.
         records: record table of the left (and right) records; ``right_records`` of the right ones where they differ.
         id_column, text_column, template: as in ``EncodeConfig``.
+        right_id_column, right_text_column, right_template: of ``right_records``; None: as for ``records``.
         label_column: labels; checked before any work (1 or 0 as integer, float, boolean or string; null is allowed) and
             passed through. It may be absent under its default name.
         cache, cache_limit_bytes: as in ``EncodeConfig``; for a bi-encoder, whose vectors are float32 here.
@@ -254,12 +273,14 @@ class TeachConfig:
     cache_limit_bytes: int | None = None
     rows_per_unit: int = 20_000
     run: RunOptions = field(default_factory=RunOptions)
+    right_id_column: str | None = None
+    right_text_column: str | None = None
+    right_template: str | None = None
 
     def __post_init__(self) -> None:
-        _check_positive("rows-per-unit", self.rows_per_unit)
-        _check_cache(self.cache, self.cache_limit_bytes)
-        if self.right_records is not None and self.records is None:
-            raise ConfigError("--right-records needs --records")
+        check_positive("rows-per-unit", self.rows_per_unit)
+        check_cache(self.cache, self.cache_limit_bytes)
+        self.check_record_sides(self.right_records is not None)
         if self.left_text == self.right_text:
             raise ConfigError(f"--left-text and --right-text are both {self.left_text!r}; name two columns")
 
@@ -269,28 +290,7 @@ class TeachConfig:
         ids = (self.left_column, self.right_column)
         return (self.left_text, self.right_text) if self.records is None else ids
 
-    @property
-    def text_template(self) -> str:
-        """The template of the records' texts; a plain text column is the template of that column alone."""
-        return _text_template(self.template, self.text_column)
-
-
-def _text_template(template: str | None, text_column: str | None) -> str:
-    return template if template is not None else f"{{{text_column or 'text'}}}"
-
-
-def _check_cache(cache: str | None, limit_bytes: int | None) -> None:
-    if limit_bytes is not None:
-        _check_positive("cache-limit", limit_bytes)
-        if cache is None:
-            raise ConfigError("--cache-limit needs --cache")
-
 
 def _check_dtype(dtype: str) -> None:
     if dtype not in VECTOR_DTYPES:
         raise ConfigError(f"--dtype must be one of {', '.join(VECTOR_DTYPES)}, not {dtype!r}")
-
-
-def _check_positive(name: str, value: int) -> None:
-    if value < 1:
-        raise ConfigError(f"--{name} must be at least 1, not {value}")

@@ -96,7 +96,10 @@ def test_every_text_option_that_is_a_path_is_known_as_one() -> None:
 
 def test_words_that_bash_is_offered() -> None:
     assert complete("sc") == ["plain,score"]
-    assert complete("score", "--right-") == [f"plain,--right-{word}" for word in ("column", "text", "store", "records")]
+    assert complete("score", "--right-") == [
+        f"plain,--right-{word}"
+        for word in ("column", "text", "store", "records", "id-column", "text-column", "template")
+    ]
     assert complete("encode", "--dtype", "") == ["plain,int8", "plain,bf16", "plain,float32"]
     for words in (("score", "--pairs"), ("evaluate", "--labels"), ("encode", "--forget"), ("demo", "--output")):
         assert complete(*words, "da") == ["file,da"]

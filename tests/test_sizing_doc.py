@@ -7,6 +7,7 @@ from dataclasses import fields
 
 import pytest
 
+from flipkd.cli import main
 from flipkd.config import EncodeConfig, ScoreConfig, TeachConfig
 from flipkd.run.encode import row_bytes
 from flipkd.run.rescore_config import RescoreConfig
@@ -51,6 +52,10 @@ def test_free_disk_that_encode_asks_for() -> None:
     assert f"free disk that `encode` asks for | {row_bytes(128, 'int8') * ROWS / 1e9:.1f} GB" in TEXT
 
 
+def _has_flag(command: str, flag: str) -> bool:
+    return any(flag in parameter.opts for parameter in main.commands[command].params)
+
+
 def test_rows_per_unit_are_the_defaults() -> None:
     score, encode, teach, rescore = (
         next(field.default for field in fields(config) if field.name == "rows_per_unit")
@@ -60,6 +65,11 @@ def test_rows_per_unit_are_the_defaults() -> None:
     assert teach == rescore
     assert f"`score` takes {score:,} pairs" in TEXT
     assert f"`encode` {encode:,} records, `teach` and `rescore` {teach:,} pairs" in TEXT
+    # Which commands have the flag: the text said nothing of encode, which has none.
+    flags = {name for name in ("score", "encode", "teach", "rescore") if _has_flag(name, "--rows-per-unit")}
+    assert flags == {"score", "teach", "rescore"}
+    assert "With `--rows-per-unit` `score`, `teach` and `rescore` take more rows" in TEXT
+    assert "`encode` has no such flag" in TEXT
     assert f"units of `score` | {10**10 // score:,} |" in TEXT
 
 

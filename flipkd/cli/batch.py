@@ -12,10 +12,12 @@ from flipkd.cli.options import (
     cache_options,
     common_options,
     encoder_options,
+    forgotten_option,
     metrics_options,
     print_values,
     records_options,
     report_job,
+    right_records_options,
     run_options,
     say,
     set_up_logging,
@@ -82,6 +84,7 @@ def encode(as_json: bool, log_level: str, forget: str | None, **options: Any) ->
 )
 @cache_options
 @records_options
+@right_records_options
 @encoder_options
 @run_options
 @metrics_options
@@ -112,14 +115,15 @@ def score(as_json: bool, log_level: str, dry_run: bool, rescore_scores: str | No
         if dry_run:
             print_values(cascade_cost.dry_run(config, second), as_json)
             return
-        report_job(cascade.score_and_rescore(config, second, rescore_scores), config.output, as_json)
+        manifest = cascade.score_and_rescore(config, second, rescore_scores)
+        report_job(manifest, config.output, as_json, forgotten_option(config))
         return
     from flipkd.run import pipeline
 
     if dry_run:
         print_values(pipeline.dry_run(config), as_json)
         return
-    report_job(pipeline.score(config), config.output, as_json)
+    report_job(pipeline.score(config), config.output, as_json, forgotten_option(config))
 
 
 score.params += stage_options()

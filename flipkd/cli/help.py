@@ -16,6 +16,9 @@ flipkd-batch encode --encoder encoder/ --records records/ --output store/ --cach
 flipkd-batch score --store store/ --pairs pairs/ --output scores/
 flipkd-batch score --encoder encoder/ --records customers/ --right-records sanctions/ \
     --template '{name} | {city}' --pairs pairs/ --output scores/ --cache cache/
+flipkd-batch score --encoder encoder/ --records crm/ --id-column customer --template '{name} | {city}' \
+    --right-records billing/ --right-id-column account --right-template '{payer} | {town}' --pairs pairs/ \
+    --output scores/
 flipkd-batch score --encoder encoder/ --pairs pairs-of-texts/ --top-k 3 --output scores/
 flipkd-batch score --store store/ --pairs pairs/ --output scores/ --columns left_id,right_id,probability,match \
     --calibration report/calibration.json --threshold 0.9

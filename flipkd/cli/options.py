@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 import click
 
 from flipkd.cli.config_file import read_config_file
-from flipkd.config import EncoderOptions, RunOptions
+from flipkd.config import EncoderOptions, RunOptions, ScoreConfig
 from flipkd.logs import COMMAND_LOGGER, LOG_FORMATS, LogFormat, LogOptions, current_options, logging_to_stderr
+from flipkd.record_sides import RecordSides
 
 F = TypeVar("F", bound=Callable[..., Any])
 _RUN = (
@@ -131,6 +132,12 @@ record_text_options = _options(
     _template,
 )
 
+right_records_options = _options(
+    click.option("--right-id-column", metavar="TEXT", help="Of --right-records. Default: --id-column."),
+    click.option("--right-text-column", metavar="TEXT", help="Of --right-records. Default: as for the left records."),
+    click.option("--right-template", metavar="TEXT", help="Of --right-records. Default: as for the left records."),
+)  # fmt: skip
+
 records_options = _options(
     _id_column,
     click.option("--text-column", help="Column of the records' texts. Default: the template that an exported encoder "
@@ -186,13 +193,28 @@ def say(message: str, level: int = logging.ERROR) -> None:
         click.echo(message, err=True)
 
 
-def report_job(manifest: dict[str, Any], output: str, as_json: bool) -> None:
-    """Prints a finished job; a partial one ends with exit code 3."""
+def forgotten_option(config: RecordSides) -> str | None:
+    """The option for the right side's records that a job was not given; None where it was."""
+    if isinstance(config, ScoreConfig) and config.store is not None:
+        return None if config.right_store is not None else "--right-store"
+    return None if config.right_records is not None else "--right-records"
+
+
+def report_job(manifest: dict[str, Any], output: str, as_json: bool, forgotten: str | None = None) -> None:
+    """Prints a finished job; a partial one ends with exit code 3.
+
+    Args:
+        manifest: of the job.
+        output: its folder.
+        as_json: whether the manifest is printed.
+        forgotten: see ``forgotten_option``.
+    """
     missing = manifest["reasons"].get("missing_record", 0)
     if missing * 2 > manifest["rows_in"]:
+        guess = f"was {forgotten} forgotten" if forgotten else "were left and right swapped"
         say(
-            f"warning: {missing} of {manifest['rows_in']} pairs name a record that is not in the tables; was "
-            "--right-records forgotten, or do the ids come from another table?",
+            f"warning: {missing} of {manifest['rows_in']} pairs name a record that is not in the tables; {guess}, or "
+            "do the ids come from another table?",
             logging.WARNING,
         )
     if as_json:

@@ -11,10 +11,12 @@ from click.core import ParameterSource
 
 from flipkd.cli.options import (
     common_options,
+    forgotten_option,
     metrics_options,
     print_values,
     record_text_options,
     report_job,
+    right_records_options,
     run_options,
     set_up_logging,
     take_run,
@@ -98,6 +100,7 @@ def _labels(_: click.Context, __: click.Parameter, value: str | None) -> tuple[s
 @click.option("--rows-per-unit", type=int, default=20_000, show_default=True, help="Pairs in one work unit.")
 @click.option("--dry-run", is_flag=True, help="Print pairs, tokens and time, from a short measurement, and stop.")
 @record_text_options
+@right_records_options
 @run_options
 @metrics_options
 @common_options
@@ -110,7 +113,7 @@ def rescore(as_json: bool, log_level: str, dry_run: bool, **options: Any) -> Non
     if dry_run:
         print_values(run.dry_run(config), as_json)
         return
-    report_job(run.rescore(config), config.output, as_json)
+    report_job(run.rescore(config), config.output, as_json, forgotten_option(config))
 
 
 def _take_llm(options: dict[str, Any]) -> LlmOptions:

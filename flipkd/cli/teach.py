@@ -10,9 +10,11 @@ from flipkd.cli.options import (
     cache_options,
     common_options,
     encoder_options,
+    forgotten_option,
     metrics_options,
     record_text_options,
     report_job,
+    right_records_options,
     run_options,
     set_up_logging,
     take_encoder,
@@ -35,6 +37,7 @@ from flipkd.config import DEFAULT_LABEL_COLUMN, TeachConfig
 @click.option("--rows-per-unit", type=int, default=20_000, show_default=True, help="Pairs in one work unit.")
 @cache_options
 @record_text_options
+@right_records_options
 @encoder_options
 @run_options
 @metrics_options
@@ -46,4 +49,4 @@ def teach(as_json: bool, log_level: str, **options: Any) -> None:
     from flipkd.run.teach import teach as run
 
     config = TeachConfig(teacher=take_encoder(options), run=take_run(options), **options)
-    report_job(run(config), config.output, as_json)
+    report_job(run(config), config.output, as_json, forgotten_option(config))

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from flipkd.data.json_files import parse_object
+from flipkd.data.json_files import parse_object, read_option_file
 from flipkd.errors import ConfigError
 
 # Slope and intercept are float32 in the kernel; far inside its range, so that neither can become infinite there.
@@ -85,11 +84,12 @@ def read_calibration(path: str) -> CalibrationFile:
     Raises:
         ConfigError: it cannot be read, or holds neither form.
     """
+    data = read_option_file("--calibration", path)
     try:
-        values = parse_object(Path(path).read_bytes())
+        values = parse_object(data)
         calibration = _parse(values, path)
         encoder = values.get("encoder_fingerprint")
-    except (OSError, ValueError, OverflowError, KeyError, TypeError):  # left out of the chain: it may quote the file
+    except (ValueError, OverflowError, KeyError, TypeError):  # left out of the chain: it may quote the file
         raise ConfigError(
             f"--calibration {path}: expected a JSON object with numbers 'slope' and 'intercept', or with lists "
             "'scores' and 'probabilities'; flipkd-batch evaluate writes one"

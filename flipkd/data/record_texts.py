@@ -15,7 +15,7 @@ from flipkd.data.records import render_texts
 from flipkd.data.shards import Shard, ShardReader
 from flipkd.data.template import template_fields
 from flipkd.errors import ColumnError, ConflictingRecordsError, InputError
-from flipkd.vectors.id_types import check_id_type, plain
+from flipkd.vectors.id_types import check_id_type, common_kind, plain
 
 _BATCH_ROWS = 1 << 16
 _ID_TYPES = {"int64": pa.int64(), "uint64": pa.uint64(), "bytes": pa.large_binary(), "null": pa.null()}
@@ -98,7 +98,8 @@ def read_record_texts(location: Location, shards: Sequence[Shard], id_column: st
         texts.append(rendered.values)
         invalid.append(rendered.invalid)
         rows.append(table.num_rows)
-    kind = _common_kind(chunks, shards, id_column)
+    kinds = {check_id_type(chunk.type, id_column): shard.name for chunk, shard in zip(chunks, shards, strict=True)}
+    kind = common_kind(kinds, id_column)
     keys = []
     for shard, column in zip(shards, chunks, strict=True):
         key = _keys(column, kind)
@@ -111,17 +112,6 @@ def read_record_texts(location: Location, shards: Sequence[Shard], id_column: st
     first = _first_of_each(ids, values, flags, shards, rows)
     taken = pa.array(first)
     return RecordTexts(ids.take(taken), values.take(taken), flags[first], kind)
-
-
-def _common_kind(chunks: Sequence[pa.ChunkedArray], shards: Sequence[Shard], id_column: str) -> str:
-    kinds = {check_id_type(chunk.type, id_column): shard.name for chunk, shard in zip(chunks, shards, strict=True)}
-    known = [kind for kind in kinds if kind != "null"]
-    if "bytes" in known and len(known) > 1:
-        one, other = known[:2]
-        raise InputError(
-            f"the ids in {kinds[one]} are {one}, those in {kinds[other]} {other}; cast the column {id_column!r} of one"
-        )
-    return "uint64" if "uint64" in known else next(iter(known), "null")
 
 
 def _keys(ids: pa.ChunkedArray, kind: str) -> pa.ChunkedArray:

@@ -11,8 +11,12 @@ import string
 from flipkd.errors import ConfigError
 
 
-def template_fields(template: str) -> list[str]:
+def template_fields(template: str, option: str = "--template") -> list[str]:
     """The column names in a template such as ``{name} | {address}``, in order, each once.
+
+    Args:
+        template: the template.
+        option: that it is from, for messages.
 
     Raises:
         ConfigError: the template does not parse, names no column, or asks for more than a plain column (attributes,
@@ -21,15 +25,15 @@ def template_fields(template: str) -> list[str]:
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
-        raise ConfigError(f"--template {template!r} does not parse: {error}") from error
+        raise ConfigError(f"{option} {template!r} does not parse: {error}") from error
     fields: list[str] = []
     for _, field, specification, conversion in parts:
         if field is None:
             continue
         if not field or specification or conversion or any(mark in field for mark in ".[]"):
-            raise ConfigError(f"--template {template!r}: write a plain column name in the braces, as in '{{name}}'")
+            raise ConfigError(f"{option} {template!r}: write a plain column name in the braces, as in '{{name}}'")
         if field not in fields:
             fields.append(field)
     if not fields:
-        raise ConfigError(f"--template {template!r} names no column; write one in braces, as in '{{name}}'")
+        raise ConfigError(f"{option} {template!r} names no column; write one in braces, as in '{{name}}'")
     return fields

@@ -83,6 +83,8 @@ def export(
         OutputError: there is something at ``output``, or it cannot be written.
         ConfigError: the template does not parse.
     """
+    if template is not None:
+        template_fields(template)  # refuses one that does not parse
     run = open_location(run_folder)
     facts = read_json(run, "run.json", config=dict) if run.is_local else None
     adapter = Path(run.path) / "adapter"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from flipkd.errors import ConfigError
+from flipkd.models.device import DEVICES
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class LlmOptions:
             raise ConfigError(f"--engine must be torch or vllm, not {self.engine!r}")
         if self.dtype not in ("float32", "bf16"):
             raise ConfigError(f"--llm-dtype must be float32 or bf16, not {self.dtype!r}")
+        if self.device not in DEVICES:
+            raise ConfigError(f"--device must be one of {', '.join(DEVICES)}, not {self.device!r}")
         for name in ("max_length", "max_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flipkd.data.json_files import read_option_file
 from flipkd.errors import ConfigError, ModelError
 from flipkd.models.pair_tokens import shares
 from flipkd.models.tokens import PROBES, TextTokenizer, plain_copy
@@ -65,10 +66,11 @@ def read_prompt(path: str | Path, labels: tuple[str, str], is_chat: bool) -> Pro
     Raises:
         ConfigError: the file cannot be read, or has other placeholders; names the file.
     """
+    data = read_option_file("--prompt-file", path)
     try:
-        template = Path(path).read_text(encoding="utf-8").rstrip("\r\n")
+        template = data.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n").rstrip("\n")
         parts = list(string.Formatter().parse(template))
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise ConfigError(f"--prompt-file {path}: {type(error).__name__}: {error}") from error
     pieces, fields = [""], []
     for literal, name, specification, conversion in parts:

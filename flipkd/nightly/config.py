@@ -31,8 +31,10 @@ PATHS = (
 # What `rescore` reads as `score` does, unless it says otherwise.
 _SHARED = (
     "left_text", "right_text", "left_column", "right_column", "records", "right_records", "id_column", "text_column",
-    "template",
+    "template", "right_id_column", "right_text_column", "right_template",
 )  # fmt: skip
+# Their braces hold columns, one of which may be called date.
+_TEMPLATES = ("template", "right_template")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -156,7 +158,7 @@ class NightConfig:
 def read_config(path: str, date: str, *, ray: str | None = None, progress: bool = False) -> NightConfig:
     """Reads the YAML file of a night.
 
-    Every text may hold ``{date}`` (but for ``template``, where it is a column). Relative paths lie below the file's own
+    Every text may hold ``{date}`` (but for templates, where it is a column). Relative paths lie below the file's own
     folder; another place is named by an absolute path or a URL.
 
     Args:
@@ -232,7 +234,7 @@ def _dated(values: Any, date: str, key: str = "") -> Any:
         return {name: _dated(value, date, str(name)) for name, value in values.items()}
     if isinstance(values, list):
         return [_dated(value, date, key) for value in values]
-    return values.replace(PLACEHOLDER, date) if isinstance(values, str) and key != "template" else values
+    return values.replace(PLACEHOLDER, date) if isinstance(values, str) and key not in _TEMPLATES else values
 
 
 def _located(values: Any, base: Path, key: str = "") -> Any:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 
+from flipkd.config import EncodeConfig
 from flipkd.data.columns import as_numbers
 from flipkd.data.location import Location, open_location
 from flipkd.data.shards import Shard, ShardReader, find_shards
@@ -116,13 +117,12 @@ class RecordFacts:
 
 
 def count_records(
-    tables: Mapping[str, str], id_column: str, last_stores: Path | None, threads: int, skip_bad_shards: bool
+    tables: Mapping[str, EncodeConfig], last_stores: Path | None, threads: int, skip_bad_shards: bool
 ) -> RecordFacts:
     """Looks every id up in the index of last night's vector store.
 
     Args:
-        tables: record tables per side (``left``, ``right``).
-        id_column: of them.
+        tables: how the record table of each side (``left``, ``right``) is encoded.
         last_stores: folder of last night's stores; None where there was no night.
         threads: used by the look-up.
         skip_bad_shards: whether files that cannot be read are left out.
@@ -133,15 +133,16 @@ def count_records(
     """
     records: dict[str, int] = {}
     new: dict[str, int | None] = {}
-    for side, uri in tables.items():
+    for side, table in tables.items():
+        id_column = table.id_column
         index = None if last_stores is None else _index(last_stores / side)
         records[side], fresh = 0, 0
-        location = open_location(uri)
+        location = open_location(table.records)
         for shard in find_shards(location):
             try:
                 with ShardReader(location, shard) as reader:
-                    for table in reader.all_batches([id_column], _BATCH_ROWS):
-                        ids = table.column(id_column).drop_null()
+                    for batch in reader.all_batches([id_column], _BATCH_ROWS):
+                        ids = batch.column(id_column).drop_null()
                         records[side] += len(ids)
                         fresh += 0 if index is None else int(np.count_nonzero(_unknown(index, ids, id_column, threads)))
             except InputError:

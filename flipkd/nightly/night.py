@@ -163,8 +163,7 @@ def _compare(config: NightConfig, scores: Path, last: tuple[Path, dict[str, Any]
             columns[name]["last_counts"] = counts.between(before["edges"]).tolist()
     _, encodes = store_stages(config.score, scores.parent / STORES)
     records = count_records(
-        {side: one.records for side, one in encodes.items()},
-        config.score.id_column,
+        encodes,
         None if last is None else last[0] / STORES,
         threads,
         config.run.on_bad_shard == "skip",

@@ -22,6 +22,7 @@ from flipkd.report.read import check_labels
 from flipkd.report.timeline import Span, job_spans
 from flipkd.run.encode import encode
 from flipkd.run.pipeline import score, summary
+from flipkd.run.plan_score import encode_config, plan_score
 from flipkd.run.record_template import template_of_scores
 from flipkd.run.rescore_config import RescoreConfig
 
@@ -87,6 +88,8 @@ def run_stages(config: NightConfig, folder: Path, journal: Journal) -> dict[str,
     _refuse_leftovers(config, folder)
     if config.evaluate is not None:
         check_labels(config.evaluate)
+    if config.score.record_sides:
+        plan_score(config.score)  # a mistake in the pairs or the right table is found before the left one is encoded
     said: dict[str, dict[str, Any]] = {}
     score_config, encodes = store_stages(config.score, folder / STORES)
     for side, one in encodes.items():
@@ -111,20 +114,9 @@ def store_stages(config: ScoreConfig, stores: Path) -> tuple[ScoreConfig, dict[s
     if config.records is None or config.encoder is None:
         return config, {}
     encodes = {}
-    for side, records in (("left", config.records), ("right", config.right_records)):
-        if records is not None:
-            encodes[side] = EncodeConfig(
-                encoder=config.encoder,
-                records=records,
-                output=str(stores / side),
-                id_column=config.id_column,
-                text_column=config.text_column,
-                template=config.template,
-                dtype=config.dtype,
-                cache=config.cache,
-                cache_limit_bytes=config.cache_limit_bytes,
-                run=config.run,
-            )
+    for side in config.record_sides:
+        name = "right" if side.is_right else "left"
+        encodes[name] = replace(encode_config(config, side), output=str(stores / name))
     split = replace(
         config,
         store=encodes["left"].output,

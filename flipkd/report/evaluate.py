@@ -23,7 +23,7 @@ from flipkd.report.document import document
 from flipkd.report.examples import read_examples, worst_errors
 from flipkd.report.metrics import measured
 from flipkd.report.pairs import LabelledPairs
-from flipkd.report.read import LabelledRun, read_labelled
+from flipkd.report.read import LabelledRun, check_columns, read_labelled
 from flipkd.report.sample import STRATUM, draw_sample, is_sample, random_numbers, write_sample
 from flipkd.report.scan import RowCounts, count_rows, scores_identity
 from flipkd.report.slices import slice_rows
@@ -54,6 +54,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     inputs = [("--scores", scores)] + ([("--labels", open_location(config.labels))] if config.labels else [])
     refuse_overlap(output, inputs)
     shards = find_shards(scores)
+    check_columns(config, scores, shards)
     if config.sample is not None:
         return _sample(config, scores, shards, output)
     run = _fingerprint(config, scores, shards)

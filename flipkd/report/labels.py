@@ -184,8 +184,6 @@ def read_label_table(
         InputError: a file cannot be read, or a label is neither 0 nor 1.
     """
     columns = [*key, label_column, *([weight_column] if weight_column is not None else [])]
-    if len(set(columns)) != len(columns):
-        raise ConfigError(f"{LABEL_OPTIONS} name a column twice: {', '.join(columns)}")
     table = read_table(location, shards, columns)
     source = location.uri
     labels = read_labels(table.column(label_column), label_column, source, allows_null=True)

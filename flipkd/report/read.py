@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import pyarrow as pa
+
+from flipkd.data.labels import read_labels
 from flipkd.data.location import Location, open_location
 from flipkd.data.shards import Shard, ShardReader, find_shards
 from flipkd.errors import ConfigError, InputError
 from flipkd.report.config import EvaluateConfig
 from flipkd.report.labels import LABEL_OPTIONS, read_label_table
 from flipkd.report.pairs import LabelledPairs, PairCounts, from_label_column, from_label_table
-from flipkd.report.sample import is_sample, read_sample, sample_facts
-from flipkd.report.scan import RowCounts, column_names, count_rows, scan, scores_identity
+from flipkd.report.sample import check_sample_columns, is_sample, read_sample, sample_facts
+from flipkd.report.scan import RowCounts, check_score_type, column_names, count_rows, scan, scores_identity
 from flipkd.run.progress import progress_bar
+from flipkd.vectors.id_types import check_id_type
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,8 +39,62 @@ class LabelledRun:
     rows_of: tuple[Location, list[Shard]]
 
 
+def check_columns(config: EvaluateConfig, scores: Location, shards: list[Shard]) -> None:
+    """Looks at the footers of all files, so that what cannot be used is said before anything is read or refused.
+
+    Raises:
+        ConfigError: a column is missing or of a type that cannot be used.
+        InputError: a file cannot be read.
+    """
+    if config.sample is not None:
+        check_sample_columns(scores, shards, config.label_column)
+        _check_each(scores, shards, [config.score_column], config)
+        return
+    weight = [] if config.weight_column is None else [config.weight_column]
+    if config.labels is None:
+        names = column_names(scores, shards)
+        if config.label_column not in names:
+            raise ConfigError(
+                f"{scores.uri} has no label column {config.label_column!r}; it has {', '.join(names)}. Name another "
+                "with --label-column, or a table of labels with --labels; where there is none yet, --sample draws "
+                "pairs to label"
+            )
+        _check_each(scores, shards, [config.score_column, config.label_column, *config.slices, *weight], config)
+        return
+    location = open_location(config.labels)
+    label_shards = find_shards(location)
+    if is_sample(location, label_shards):
+        _check_each(scores, shards, [config.score_column], config)
+        _check_each(location, label_shards, [config.score_column, config.label_column, *config.slices], config)
+    else:
+        columns = [*config.key, config.label_column, *weight]
+        if len(set(columns)) != len(columns):
+            raise ConfigError(f"{LABEL_OPTIONS} name a column twice: {', '.join(columns)}")
+        _check_each(scores, shards, [config.score_column, *config.key, *config.slices], config)
+        _check_each(location, label_shards, columns, config, f"{LABEL_OPTIONS} name columns")
+
+
+def _check_each(
+    location: Location, shards: list[Shard], columns: list[str], config: EvaluateConfig, hint: str = ""
+) -> None:
+    def look(shard: Shard) -> None:
+        source = location.naming(shard.name)
+        with ShardReader(location, shard) as reader:
+            reader.check_columns(columns, hint)
+            if config.score_column in columns:
+                check_score_type(reader.column_type(config.score_column), config.score_column, source)
+            if config.label_column in columns:
+                none = pa.chunked_array([], reader.column_type(config.label_column))
+                read_labels(none, config.label_column, source, allows_null=True)
+            for name in set(config.key) & set(columns):
+                check_id_type(reader.column_type(name), name)
+
+    with ThreadPoolExecutor(max_workers=16) as pool:
+        list(pool.map(look, shards))
+
+
 def read_labelled(config: EvaluateConfig, scores: Location, shards: list[Shard]) -> LabelledRun:
-    """Reads all scores once.
+    """Reads all scores once; ``check_columns`` has looked at them before.
 
     Raises:
         ConfigError: a column is missing or of a type that cannot be used.
@@ -70,13 +129,6 @@ def check_labels(config: EvaluateConfig) -> None:
 def _read_any(config: EvaluateConfig, scores: Location, shards: list[Shard]) -> LabelledRun:
     with progress_bar("evaluate", count_rows(scores, shards), "pairs", config.progress) as bar:
         if config.labels is None:
-            names = column_names(scores, shards)
-            if config.label_column not in names:
-                raise ConfigError(
-                    f"{scores.uri} has no label column {config.label_column!r}; it has {', '.join(names)}. Name "
-                    "another with --label-column, or a table of labels with --labels; where there is none yet, "
-                    "--sample draws pairs to label"
-                )
             found = from_label_column(
                 scores,
                 shards,

@@ -131,20 +131,11 @@ def allocate(rows: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.int64]:
     return shares
 
 
-def draw_sample(
-    scores: Location,
-    shards: Sequence[Shard],
-    score_column: str,
-    label_column: str,
-    size: int,
-    seed: int,
-    advance: Callable[[int], object],
-) -> tuple[pa.Table, RowCounts]:
-    """Draws a sample of the pairs with a score.
+def check_sample_columns(scores: Location, shards: Sequence[Shard], label_column: str) -> None:
+    """Refuses scores that have columns of the names that the sample adds.
 
     Raises:
-        ConfigError: the scores have columns of the names that the sample adds.
-        InputError: no row has a score, or a shard cannot be read.
+        ConfigError: names one.
     """
     names = column_names(scores, shards)
     clash = [name for name in (label_column, STRATUM, STRATUM_ROWS, WEIGHT) if name in names]
@@ -154,6 +145,23 @@ def draw_sample(
             if clash[0] == label_column
             else f"the scores have a column {clash[0]!r}, which the sample adds; rename it"
         )
+
+
+def draw_sample(
+    scores: Location,
+    shards: Sequence[Shard],
+    score_column: str,
+    label_column: str,
+    size: int,
+    seed: int,
+    advance: Callable[[int], object],
+) -> tuple[pa.Table, RowCounts]:
+    """Draws a sample of the pairs with a score; ``check_sample_columns`` has looked at the scores before.
+
+    Raises:
+        InputError: no row has a score, or a shard cannot be read.
+    """
+    names = column_names(scores, shards)
     counts = RowCounts()
     for _ in scan(scores, shards, score_column, [], counts, advance):
         pass

@@ -189,13 +189,21 @@ def scan(
 
 def _scores(column: pa.ChunkedArray, name: str, source: str) -> npt.NDArray[np.float32]:
     """[N] float32, NaN for null; an infinite score is none either."""
-    kind = column.type
-    if not (pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind)):
-        raise ConfigError(f"{source}: column {name!r} has type {kind}, which is no score; name one with --score-column")
+    check_score_type(column.type, name, source)
     values = column.cast(pa.float64(), safe=False).cast(pa.float32(), safe=False)
     found = np.array(values.combine_chunks().fill_null(np.nan).to_numpy(zero_copy_only=False), np.float32)
     found[~np.isfinite(found)] = np.nan
     return found
+
+
+def check_score_type(kind: pa.DataType, name: str, source: str) -> None:
+    """Refuses a column that holds no numbers.
+
+    Raises:
+        ConfigError: names the file, the column and its type.
+    """
+    if not (pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind)):
+        raise ConfigError(f"{source}: column {name!r} has type {kind}, which is no score; name one with --score-column")
 
 
 def _reasons(table: pa.Table, score: npt.NDArray[np.float32], score_column: str, has_reason: bool) -> pa.Array:

@@ -7,6 +7,7 @@ differ by as much as encoding there would.
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -138,9 +139,11 @@ def cache_root(folder: str) -> Path:
     """Where the text cache lies.
 
     Raises:
-        ConfigError: the folder is not local.
+        ConfigError: it is not local, or no folder.
     """
     location = open_location(folder)
     if not location.is_local:
         raise ConfigError(f"--cache {location.uri}: a cache is mapped into memory; name a local folder")
+    if os.path.exists(location.path) and not os.path.isdir(location.path):
+        raise ConfigError(f"--cache {location.uri} is a file; name a folder")
     return Path(location.path) / CACHE_FOLDER

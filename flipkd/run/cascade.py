@@ -20,14 +20,14 @@ from flipkd.config import SCORE_COLUMNS, ScoreConfig
 from flipkd.data.commit import read_json, write_json
 from flipkd.data.location import open_location
 from flipkd.data.pairs import PairRows
-from flipkd.data.shards import ShardReader
+from flipkd.data.shards import find_shards
 from flipkd.errors import FlipkdError
 from flipkd.kernels.pair_score import PairScores
 from flipkd.run import pipeline
 from flipkd.run.manifest import MANIFEST, WORK_FOLDER
 from flipkd.run.observe import observed
 from flipkd.run.output import list_outputs, locked, own_outputs, refuse_overlap, remove_folder
-from flipkd.run.plan_rescore import plan_rescore
+from flipkd.run.plan_rescore import check_scores, plan_rescore
 from flipkd.run.plan_score import ScorePlan, plan_score, score_inputs
 from flipkd.run.record_template import template_of_scores
 from flipkd.run.rescore import rescore_planned
@@ -69,6 +69,8 @@ def as_cascade(score: ScoreConfig, rescore: RescoreConfig, scores: str | None = 
     records, right_records = rescore.records, rescore.right_records
     if records is None:
         records, right_records = score.records, score.right_records
+    of_the_right = ("right_id_column", "right_text_column", "right_template")
+    right: dict[str, Any] = {name: getattr(score, name) if right_records is not None else None for name in of_the_right}
     return Cascade(
         replace(score, output=folder),
         replace(
@@ -80,6 +82,7 @@ def as_cascade(score: ScoreConfig, rescore: RescoreConfig, scores: str | None = 
             text_column=score.text_column or RescoreConfig.text_column,
             template=template_of_scores(score),
             **{name: getattr(score, name) for name in names},
+            **right,
         ),
         scores is not None,
     )
@@ -148,19 +151,37 @@ def check_cascade(job: Cascade, planned: ScorePlan) -> str:
     refuse_overlap(output, inputs)
     with tempfile.TemporaryDirectory() as folder:
         root = open_location(folder)
-        for unit in planned.job.plan.units[:1]:
-            path = Path(folder) / unit.shard.name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with ShardReader(planned.task.pairs, unit.shard) as reader:
-                pq.write_table(scores_without_rows(planned, reader.schema), path)
+        first_of_form = _first_of_form(planned)
+        for name, schema in first_of_form[:1]:
+            _write_scores_to_come(planned, schema, Path(folder) / name)
         write_json(root, MANIFEST, {"threshold": job.score.threshold})
         try:
+            # The name of one file is in the fingerprint, as it always was: the others are looked at afterwards.
             second = plan_rescore(replace(job.rescore, scores=folder), owns_scores=True)
+            for name, schema in first_of_form[1:]:
+                _write_scores_to_come(planned, schema, Path(folder) / name)
+            if first_of_form:
+                check_scores(second.config, root, find_shards(root), second.tables)
         except FlipkdError as error:
             why = str(error).replace(root.uri, "the scores to come")
             raise type(error)(f"second stage (--rescore-...): {why}") from error
     first = plan_fingerprint(planned.job.plan, planned.task.run_fingerprint)
     return fingerprint({"kind": "cascade", "format": 1, "score": first, "rescore": second.run_fingerprint})
+
+
+def _first_of_form(planned: ScorePlan) -> list[tuple[str, pa.Schema]]:
+    """Name and schema of the first file of pairs, and of the first of each other schema."""
+    found: dict[tuple[pa.Schema, tuple[str, ...]], tuple[str, pa.Schema]] = {}
+    for unit in planned.job.plan.units:
+        schema = planned.schemas[unit.shard.name]
+        form = (schema.remove_metadata(), tuple(name for name, _ in unit.shard.partitions))
+        found.setdefault(form, (unit.shard.name, schema))
+    return list(found.values())
+
+
+def _write_scores_to_come(planned: ScorePlan, pairs: pa.Schema, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(scores_without_rows(planned, pairs), path)
 
 
 def scores_without_rows(planned: ScorePlan, pairs: pa.Schema) -> pa.Table:

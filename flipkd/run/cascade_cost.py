@@ -20,12 +20,11 @@ import pyarrow.parquet as pq
 
 from flipkd.config import RunOptions, ScoreConfig
 from flipkd.data.columns import as_numbers
-from flipkd.data.location import open_location
-from flipkd.data.record_texts import read_record_texts
-from flipkd.data.shards import ShardReader, find_shards
+from flipkd.data.shards import ShardReader
 from flipkd.errors import ConfigError
 from flipkd.run import pipeline
 from flipkd.run.cascade import Cascade, as_cascade, check_cascade
+from flipkd.run.join import record_tables
 from flipkd.run.plan_score import ScorePlan, plan_score
 from flipkd.run.rescore import dry_run as dry_run_rescore
 from flipkd.run.rescore_config import RescoreConfig, budget_rows
@@ -119,16 +118,18 @@ def _for_sample(job: Cascade, root: Path, sample: pa.Table) -> ScoreConfig:
     tables: dict[str, Any] = {}
     text_column = f"text of {config.id_column}"  # another name than that of the ids
     ids = [sample.column(name) for name in config.pair_columns]
-    sides = {"records": ids} if config.right_records is None else {"records": ids[:1], "right_records": ids[1:]}
-    for name, columns in sides.items():
-        location = open_location(getattr(config, name))
-        records = read_record_texts(location, find_shards(location), config.id_column, job.rescore.text_template)
-        found = np.unique(np.concatenate([records.look_up(column, config.id_column) for column in columns]))
+    places_of = {"records": ids} if config.right_records is None else {"records": ids[:1], "right_records": ids[1:]}
+    # The second stage knows the template that the encoder records, if it does.
+    told = replace(config, text_column=job.rescore.text_column, template=job.rescore.template)
+    for table, (name, columns) in zip(record_tables(told.record_sides), places_of.items(), strict=True):
+        records = table.read()
+        found = np.unique(np.concatenate([records.look_up(column, table.id_column) for column in columns]))
         places = pa.array(found[found >= 0])
-        table = {config.id_column: records.ids.take(places), text_column: records.texts.take(places)}
-        pq.write_table(pa.table(table), root / f"{name}.parquet")
+        sampled = {config.id_column: records.ids.take(places), text_column: records.texts.take(places)}
+        pq.write_table(pa.table(sampled), root / f"{name}.parquet")
         tables[name] = str(root / f"{name}.parquet")
-    return replace(small, text_column=text_column, template=None, **tables)
+    as_left: dict[str, Any] = {"right_id_column": None, "right_text_column": None, "right_template": None}
+    return replace(small, text_column=text_column, template=None, **as_left, **tables)
 
 
 def _before_scores(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ import numpy.typing as npt
 
 from flipkd.data.columns import as_numbers
 from flipkd.data.commit import write_json
-from flipkd.data.json_files import parse_object
+from flipkd.data.json_files import parse_object, read_option_file
 from flipkd.data.labels import read_labels
 from flipkd.data.location import Location
 from flipkd.data.shards import ShardReader, find_shards
@@ -108,14 +107,15 @@ def read_combination(path: str) -> Combination:
     Raises:
         ConfigError: the file cannot be read, or is something else.
     """
+    data = read_option_file("--combine", path)
     try:
-        values = parse_object(Path(path).read_bytes())
+        values = parse_object(data)
         if values["kind"] != _KIND:
             raise ValueError("another kind of file")
         numbers = [float(values[name]) for name in ("llm_logit", "score", "intercept")]
         if not all(map(math.isfinite, numbers)):
             raise ValueError("numbers that are not finite")
-    except (OSError, ValueError, OverflowError, KeyError, TypeError) as error:
+    except (ValueError, OverflowError, KeyError, TypeError) as error:
         raise ConfigError(
             f"--combine {path}: expected a combination.json that rescore --fit-labels wrote ({type(error).__name__})"
         ) from None  # it may quote the file

@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from flipkd.config import EncodeConfig, EncoderOptions
 from flipkd.data.commit import read_json, write_json
 from flipkd.data.location import Location, open_location
-from flipkd.data.records import as_text
-from flipkd.data.shards import ShardReader, find_shards
-from flipkd.data.template import template_fields
+from flipkd.data.shards import find_shards
 from flipkd.errors import ConfigError, OutputError
-from flipkd.run.cached_encoder import text_cache_of
+from flipkd.run.cached_encoder import cache_root, text_cache_of
 from flipkd.run.encode_unit import EncodeWorker
-from flipkd.run.job import Job, run_job
+from flipkd.run.job import Job, check_device, run_job
 from flipkd.run.manifest import MANIFEST, WORK_FOLDER
 from flipkd.run.observe import observed
 from flipkd.run.output import locked, refuse_overlap, remove_folder
-from flipkd.run.record_template import check_record_columns, with_recorded_template
+from flipkd.run.record_schema import RecordSchema
+from flipkd.run.record_template import with_recorded_template
 from flipkd.run.store_folder import check_free, sealed_header
 from flipkd.run.units import Plan, fingerprint, plan_units
 from flipkd.vectors.cache_tidy import tidy
@@ -47,6 +43,7 @@ class EncodePlan:
         fingerprint: of the store: encoder, template, dtype and every input file.
         run_fingerprint: the same without the input files.
         encoder_fingerprint: of the encoder alone: to hash a large model takes seconds, so it is done once.
+        id_kind: how the records' ids are compared; see ``flipkd.vectors.id_types``.
     """
 
     config: EncodeConfig
@@ -54,6 +51,7 @@ class EncodePlan:
     fingerprint: str
     run_fingerprint: str
     encoder_fingerprint: str
+    id_kind: str
 
 
 def _row_bytes(config: EncodeConfig) -> int:
@@ -73,23 +71,35 @@ def encoder_fingerprint(options: EncoderOptions) -> str:
 
     Raises:
         ModelError: the folder cannot be loaded, or may not be.
+        ConfigError: the maximum length is more than the model can take.
     """
     from flipkd.models.folder import folder_fingerprint, read_folder
+    from flipkd.models.longest_text import check_max_length
     from flipkd.models.trust import check_code
 
-    check_code(read_folder(options.folder).transformer_path, options.trust_remote_code)  # before any work
+    transformer_path = read_folder(options.folder).transformer_path
+    check_code(transformer_path, options.trust_remote_code)  # before any work
+    check_max_length(transformer_path, options.max_length)
     return fingerprint({"folder": folder_fingerprint(options.folder, options.max_length), "dtype": options.dtype})
 
 
-def plan_encode(config: EncodeConfig) -> EncodePlan:
-    """Lists the record files and cuts them into units.
+def plan_encode(config: EncodeConfig, is_right: bool = False) -> EncodePlan:
+    """Lists the record files, looks at their schemas, and cuts them into units.
+
+    Args:
+        config: what was asked for.
+        is_right: whether these are the right side's records: then messages name ``--right-...``.
 
     Raises:
-        ConfigError: a column is missing, or the template does not parse.
+        ConfigError: a column is missing, the template does not parse, or the cache or the device cannot be used.
         InputError: the records cannot be read.
     """
+    if config.cache is not None:
+        cache_root(config.cache)
+    check_device(config.encoder.device, config.run)
     records = open_location(config.records)
     config, told_by = with_recorded_template(config)
+    schema = RecordSchema(config.id_column, config.text_template, is_right, told_by)
     shards = find_shards(records)
     skip = config.run.on_bad_shard == "skip"
     encoder = encoder_fingerprint(config.encoder)
@@ -105,26 +115,16 @@ def plan_encode(config: EncodeConfig) -> EncodePlan:
         }
     )
     plan = plan_units(
-        records, shards, config.rows_per_unit, run_fingerprint, split_row_groups=True, skip_bad_shards=skip
+        records,
+        shards,
+        config.rows_per_unit,
+        run_fingerprint,
+        split_row_groups=True,
+        skip_bad_shards=skip,
+        check=schema.look,
     )
-    if plan.units:
-        check_record_columns(records, plan.units[0].shard, config, told_by)
-    texts = template_fields(config.text_template)
-    check_schema(records, plan, [config.id_column, *texts], texts)
     store = fingerprint({"run": run_fingerprint, "units": [unit.fingerprint for unit in plan.units]})
-    return EncodePlan(config, plan, store, run_fingerprint, encoder)
-
-
-def check_schema(
-    location: Location, plan: Plan, columns: Sequence[str], texts: Sequence[str], way_out: str = ""
-) -> None:
-    """Looks for columns, and at the types of texts, in the first file: what is wrong fails before any work."""
-    if plan.units:
-        with ShardReader(location, plan.units[0].shard) as reader:
-            reader.check_columns(columns, way_out)
-            for name in texts:
-                if name in reader.schema.names:  # else a folder's name, which is text
-                    as_text(pa.array([], reader.schema.field(name).type), name)
+    return EncodePlan(config, plan, store, run_fingerprint, encoder, schema.id_kind)
 
 
 def encode(config: EncodeConfig) -> dict[str, Any]:

@@ -26,7 +26,8 @@ from flipkd.run.cached_encoder import cache_root
 from flipkd.run.encode import PARTS
 from flipkd.run.manifest import MANIFEST
 from flipkd.run.output import locked, remove_folder
-from flipkd.run.record_template import check_record_columns, with_recorded_template
+from flipkd.run.record_schema import RecordSchema
+from flipkd.run.record_template import with_recorded_template
 from flipkd.run.store_folder import has_rest
 from flipkd.vectors.cache_tidy import forget_texts
 from flipkd.vectors.id_types import check_id_type, plain
@@ -65,7 +66,10 @@ def forget(config: EncodeConfig, ids: str) -> dict[str, Any]:
     config, told_by = with_recorded_template(config)
     wanted = _read_ids(ids, config.id_column)
     records = open_location(config.records)
-    check_record_columns(records, find_shards(records)[0], config, told_by)
+    schema = RecordSchema(config.id_column, config.text_template, told_by=told_by)
+    first = find_shards(records)[0]
+    with ShardReader(records, first) as reader:
+        schema.look(first, reader)
     texts, known = _texts_of(records, config, wanted)
     stores, deleted = [open_location(config.output)], 0
     if config.cache is not None:

@@ -158,6 +158,18 @@ def _execute(job: Job, pending: Sequence[WorkUnit], listener: Callable[[WorkUnit
     yield from run_local(worker, pending, workers, skip, listener)
 
 
+def check_device(device: str, run: RunOptions) -> None:
+    """Refuses a GPU that was asked for by name and is not there; of Ray's workers nothing is known here.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if device == "cuda" and run.ray is None:
+        from flipkd.models.device import find_device
+
+        find_device(device)
+
+
 def available_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

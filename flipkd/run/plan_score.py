@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
 
 from flipkd.config import SCORE_COLUMNS, EncodeConfig, ScoreConfig
 from flipkd.data.calibration import as_json, read_calibration
@@ -14,22 +16,18 @@ from flipkd.data.commit import read_json
 from flipkd.data.location import Location, open_location
 from flipkd.data.pairs import IDS_MISSING, TEXTS_MISSING
 from flipkd.data.record_texts import check_ids_fit
-from flipkd.data.shards import ShardReader, find_shards
+from flipkd.data.records import as_text
+from flipkd.data.shards import Shard, ShardReader, find_shards
 from flipkd.errors import ConfigError
-from flipkd.run.encode import (
-    PARTS,
-    EncodePlan,
-    check_schema,
-    encoder_fingerprint,
-    plan_encode,
-)
-from flipkd.run.job import Job
+from flipkd.record_sides import RecordSide
+from flipkd.run.cached_encoder import cache_root
+from flipkd.run.encode import PARTS, EncodePlan, encoder_fingerprint, plan_encode
+from flipkd.run.job import Job, check_device
 from flipkd.run.manifest import WORK_FOLDER
 from flipkd.run.output import refuse_overlap
 from flipkd.run.score import ScoreTask, ScoreWorker, output_columns
 from flipkd.run.units import Plan, fingerprint, plan_units, work_name
-from flipkd.vectors.id_types import check_id_type
-from flipkd.vectors.layout import is_sealed, read_header
+from flipkd.vectors.layout import check_files, is_sealed, read_header
 
 # Key of the manifest: fingerprint of the encoder whose scores these are.
 ENCODER_FACT = "encoder_fingerprint"
@@ -45,12 +43,14 @@ class ScorePlan:
         stores: folders of the left and right stores; the second is None when one store serves both sides.
         task: what a worker scores with.
         job: the score job over the pairs.
+        schemas: of the files of pairs, by name.
     """
 
     config: ScoreConfig
     encodes: list[EncodePlan]
     task: ScoreTask
     job: Job
+    schemas: Mapping[str, pa.Schema]
 
 
 def plan_score(config: ScoreConfig) -> ScorePlan:
@@ -67,20 +67,27 @@ def plan_score(config: ScoreConfig) -> ScorePlan:
     shards = find_shards(pairs)
 
     encodes: list[EncodePlan] = []
+    id_kinds: list[str] = []
     source: Mapping[str, Any]
     store, right_store = config.store, config.right_store
     if config.store is not None:
-        source = {"stores": [store_fingerprint(path) for path in (store, right_store) if path is not None]}
-        encoder = read_header(Path(open_location(config.store).path)).get("encoder")  # None where a store does not tell
+        headers = _store_headers(config)
+        source = {"stores": [header["fingerprint"] for header in headers]}
+        encoder = headers[0].get("encoder")  # None where a store does not tell
+        id_kinds = [header["id_kind"] for header in headers]
     elif config.records is not None:
-        encodes = [plan_encode(_encode_config(config, path)) for path in _record_tables(config)]
+        encodes = [plan_encode(encode_config(config, side), side.is_right) for side in config.record_sides]
         encodes = [replace(plan, config=replace(plan.config, output=_store_folder(config, plan))) for plan in encodes]
         source = {"stores": [plan.fingerprint for plan in encodes]}
         encoder = encodes[0].encoder_fingerprint
+        id_kinds = [plan.id_kind for plan in encodes]
         store = encodes[0].config.output
         right_store = encodes[1].config.output if len(encodes) > 1 else None
     else:
         assert config.encoder is not None
+        if config.cache is not None:
+            cache_root(config.cache)
+        check_device(config.encoder.device, config.run)
         encoder = encoder_fingerprint(config.encoder)
         source = {"inline": encoder, "dtype": config.dtype}
     if calibrated is not None and calibrated.encoder_fingerprint not in (None, encoder):
@@ -103,19 +110,11 @@ def plan_score(config: ScoreConfig) -> ScorePlan:
             "rows_per_unit": config.rows_per_unit,
         }
     )
-    skip = config.run.on_bad_shard == "skip"
-    plan = plan_units(pairs, shards, config.rows_per_unit, run_fingerprint, skip_bad_shards=skip)
-    texts, way_out = (config.pair_columns, TEXTS_MISSING) if config.is_inline else ((), IDS_MISSING)
-    check_schema(pairs, plan, config.pair_columns, texts, way_out)
-    _check_ids(pairs, plan, config.pair_columns, encodes)
-    if config.is_inline:
-        store = work_folder(config, plan, run_fingerprint).child("store").path
-    assert store is not None
     task = ScoreTask(
         pairs=pairs,
         output=output,
         run_fingerprint=run_fingerprint,
-        store=store,
+        store=store or "",  # inline texts: see below
         right_store=right_store,
         pair_columns=config.pair_columns,
         digest_key=bytes.fromhex(run_fingerprint) if config.is_inline else None,
@@ -124,7 +123,13 @@ def plan_score(config: ScoreConfig) -> ScorePlan:
         threshold=config.threshold,
         min_score=config.min_score,
     )
-    _check_output_columns(task, pairs, plan)
+    schemas: dict[str, pa.Schema] = {}
+    check = partial(_check_pairs, task, (id_kinds[0], id_kinds[-1]) if id_kinds else None, schemas)
+    skip = config.run.on_bad_shard == "skip"
+    plan = plan_units(pairs, shards, config.rows_per_unit, run_fingerprint, skip_bad_shards=skip, check=check)
+    if config.is_inline or config.top_k is not None:
+        work = work_folder(config, plan, run_fingerprint)
+        task = replace(task, store=work.child("store").path) if config.is_inline else task
     job = Job(
         kind="score",
         output=output,
@@ -141,45 +146,57 @@ def plan_score(config: ScoreConfig) -> ScorePlan:
             ENCODER_FACT: encoder,
         },
     )
-    return ScorePlan(config, encodes, task, job)
+    return ScorePlan(config, encodes, task, job, schemas)
 
 
 def score_inputs(config: ScoreConfig) -> list[tuple[str, Location]]:
     """What a job reads, by option."""
     inputs = [("--pairs", config.pairs), ("--records", config.records), ("--right-records", config.right_records)]
-    inputs += [("--store", config.store), ("--right-store", config.right_store)]
+    inputs += _stores(config)
     return [(option, open_location(uri)) for option, uri in inputs if uri is not None]
 
 
-def store_fingerprint(path: str) -> str:
-    """Fingerprint of a finished store.
+def _store_headers(config: ScoreConfig) -> list[dict[str, Any]]:
+    """Headers of the left and, where it differs, the right store.
 
     Raises:
-        ConfigError: the folder holds none.
-        InputError: its header is damaged.
+        ConfigError: a folder holds no store, or the two have not vectors of one form.
+        InputError: a store is damaged.
     """
+    named = [(option, path) for option, path in _stores(config) if path is not None]
+    headers = [_store_header(path) for _, path in named]
+    forms = [f"{header['dim']} numbers in {header['dtype']}" for header in headers]
+    if len(set(forms)) > 1:
+        told = " and ".join(f"{option} {path} ({form})" for (option, path), form in zip(named, forms, strict=True))
+        raise ConfigError(f"{told} have vectors of different forms; encode both with one --encoder and one --dtype")
+    return headers
+
+
+def _store_header(path: str) -> dict[str, Any]:
     location = open_location(path)
     if not location.is_local or not is_sealed(location.path):
         unfinished = read_json(location, f"{PARTS}/{WORK_FOLDER}/plan.json") if location.is_local else None
         hint = "it is not finished: run encode again" if unfinished else "make one with flipkd-batch encode"
         raise ConfigError(f"{path} holds no vector store; {hint}")
-    return str(read_header(Path(location.path))["fingerprint"])
+    header = read_header(Path(location.path))
+    check_files(Path(location.path), header)
+    return header
 
 
-def _record_tables(config: ScoreConfig) -> list[str]:
-    assert config.records is not None
-    return [config.records] if config.right_records is None else [config.records, config.right_records]
+def _stores(config: ScoreConfig) -> list[tuple[str, str | None]]:
+    return [("--store", config.store), ("--right-store", config.right_store)]
 
 
-def _encode_config(config: ScoreConfig, records: str) -> EncodeConfig:
+def encode_config(config: ScoreConfig, side: RecordSide) -> EncodeConfig:
+    """How the records of a side are encoded; the caller names the output."""
     assert config.encoder is not None
     return EncodeConfig(
         encoder=config.encoder,
-        records=records,
+        records=side.records,
         output="",
-        id_column=config.id_column,
-        text_column=config.text_column,
-        template=config.template,
+        id_column=side.id_column,
+        text_column=side.text_column,
+        template=side.template,
         dtype=config.dtype,
         cache=config.cache,
         cache_limit_bytes=config.cache_limit_bytes,
@@ -202,28 +219,30 @@ def work_folder(config: ScoreConfig, plan: Plan, run_fingerprint: str) -> Locati
     return root.child(work_name(plan, run_fingerprint))
 
 
-def _check_ids(pairs: Location, plan: Plan, columns: Sequence[str], encodes: Sequence[EncodePlan]) -> None:
-    """Pairs whose ids cannot be those of the records are refused before the records are encoded."""
-    if not encodes or not all(each.units for each in (plan, *(encode.plan for encode in encodes))):
-        return
-    kinds = []
-    for encode in encodes:
-        with ShardReader(open_location(encode.config.records), encode.plan.units[0].shard) as reader:
-            kinds.append(check_id_type(reader.column_type(encode.config.id_column), encode.config.id_column))
-    with ShardReader(pairs, plan.units[0].shard) as reader:
-        for column, kind in zip(columns, (kinds[0], kinds[-1]), strict=True):
-            check_ids_fit(reader.column_type(column), column, kind)
+def _check_pairs(
+    task: ScoreTask, id_kinds: tuple[str, str] | None, schemas: dict[str, pa.Schema], shard: Shard, reader: ShardReader
+) -> None:
+    """Looks at the schema of one file of pairs, so that what cannot be used fails before any work.
 
+    Args:
+        task: of the job.
+        id_kinds: how the ids of the left and the right records are compared; None for texts.
+        schemas: by name; this one is added.
+        shard: the file.
+        reader: of it.
 
-def _check_output_columns(task: ScoreTask, pairs: Location, plan: Plan) -> None:
-    """Columns that cannot be written are refused before any work, and before --overwrite deletes any file."""
-    shards = list({unit.shard.name: unit.shard for unit in plan.units}.values())
-    # All of them where names were given: a file that lacks one would stop the job half-way.
-    for shard in shards if task.columns is not None else shards[:1]:
-        with ShardReader(pairs, shard) as reader:
-            made = output_columns(task, reader.schema.names)
-            passed = [name for name in made if name not in SCORE_COLUMNS]
-            reader.check_columns(passed, f"--columns also knows {', '.join(SCORE_COLUMNS)}")
+    Raises:
+        ConfigError: a column is missing, there already, or of a type that cannot be used.
+    """
+    reader.check_columns(task.pair_columns, TEXTS_MISSING if id_kinds is None else IDS_MISSING)
+    for place, column in enumerate(task.pair_columns):
+        if id_kinds is None:
+            as_text(pa.array([], reader.column_type(column)), column)
+        else:
+            check_ids_fit(reader.column_type(column), column, id_kinds[place])
+    passed = [name for name in output_columns(task, reader.schema.names) if name not in SCORE_COLUMNS]
+    reader.check_columns(passed, f"--columns also knows {', '.join(SCORE_COLUMNS)}")
+    schemas[shard.name] = reader.schema
 
 
 def _output_bytes(config: ScoreConfig, plan: Plan) -> int:

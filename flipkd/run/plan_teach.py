@@ -17,10 +17,13 @@ from flipkd.data.records import as_text
 from flipkd.data.shards import Shard, ShardReader, find_shards
 from flipkd.data.teacher_scores import TEACHER_COLUMNS, TeacherFacts
 from flipkd.errors import ConfigError, InputError
+from flipkd.models.longest_text import check_max_length
 from flipkd.models.teacher import read_cross_encoder, teacher_kind
 from flipkd.models.trust import check_code
+from flipkd.run.cached_encoder import cache_root
 from flipkd.run.encode import encoder_fingerprint
-from flipkd.run.join import JOIN_REASON, RecordTable, id_kind
+from flipkd.run.job import check_device
+from flipkd.run.join import JOIN_REASON, RecordTable, record_tables
 from flipkd.run.output import refuse_overlap
 from flipkd.run.units import Plan, fingerprint, plan_units
 
@@ -68,12 +71,12 @@ def plan_teach(config: TeachConfig) -> TeachPlan:
             "must be a local folder"
         )
     skip = config.run.on_bad_shard == "skip"
-    tables = tuple(
-        RecordTable(location, tuple(find_shards(location)))
-        for location in (open_location(uri) for uri in (config.records, config.right_records) if uri is not None)
-    )
+    check_device(config.teacher.device, config.run)
+    if config.cache is not None:
+        cache_root(config.cache)
+    tables = record_tables(config.record_sides)
     shards = find_shards(pairs)
-    kinds = [id_kind(table, config.id_column, config.text_template) for table in tables]
+    kinds = [table.id_kind for table in tables]
     label_column = _check_pairs(config, pairs, shards, kinds)
     teacher = _teacher(config, kind, label_column)
     run_fingerprint = fingerprint(
@@ -82,14 +85,7 @@ def plan_teach(config: TeachConfig) -> TeachPlan:
             "format": 1,
             "teacher": teacher.footer(),
             "pair_columns": config.pair_columns,
-            "records": [
-                {
-                    "id_column": config.id_column,
-                    "template": config.text_template,
-                    "shards": [(shard.name, shard.size_bytes, shard.modified_ns) for shard in table.shards],
-                }
-                for table in tables
-            ],
+            "records": [table.facts() for table in tables],
             "rows_per_unit": config.rows_per_unit,
         }
     )
@@ -102,8 +98,11 @@ def _teacher(config: TeachConfig, kind: str, label_column: str | None) -> Teache
     columns = (config.left_text, config.right_text)
     if kind == "bi-encoder":
         return TeacherFacts("cosine", None, encoder_fingerprint(options), kind, columns, label_column)
+    if options.dtype == "int8":
+        raise ConfigError("--encoder-dtype int8 is for bi-encoders; a cross-encoder takes float32 or bf16")
     folder = read_cross_encoder(options.folder)
     check_code(folder.transformer_path, options.trust_remote_code)
+    check_max_length(folder.transformer_path, options.max_length, is_cross_encoder=True)
     own = fingerprint({"folder": folder.fingerprint(options.max_length), "dtype": options.dtype})
     return TeacherFacts(folder.scale, folder.activation, own, kind, columns, label_column)
 

@@ -7,11 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from flipkd.config import EncodeConfig, ScoreConfig
-from flipkd.data.location import Location
-from flipkd.data.shards import Shard, ShardReader
-from flipkd.data.template import template_fields
-from flipkd.errors import ConfigError
-from flipkd.vectors.id_types import check_id_type
 
 logger = logging.getLogger(__name__)
 
@@ -48,32 +43,3 @@ def template_of_scores(score: ScoreConfig) -> str | None:
         return score.template
     recorded = recorded_template(score.encoder.folder)
     return None if recorded is None else recorded[0]
-
-
-def check_record_columns(records: Location, shard: Shard, config: EncodeConfig, told_by: Path | None) -> None:
-    """Looks in one record file for the id column and those of the template.
-
-    Args:
-        records: root of the record table.
-        shard: one of its files.
-        config: with the template that is used.
-        told_by: the file that the template is from, if it is the encoder's.
-
-    Raises:
-        ConfigError: a column is missing (says where the template is from, and the way out), or cannot hold ids.
-    """
-    with ShardReader(records, shard) as reader:
-        reader.check_columns([config.id_column], "name the ids' column with --id-column")
-        check_id_type(reader.column_type(config.id_column), config.id_column)
-        try:
-            reader.check_columns(
-                template_fields(config.text_template),
-                "" if told_by else "name the texts' column with --text-column, or several with --template",
-            )
-        except ConfigError as error:
-            if told_by is None:
-                raise
-            raise ConfigError(
-                f"{error}. The template {config.template!r} comes from {told_by}, where export has recorded how the "
-                "texts were made that the encoder was trained with; pass --template or --text-column to make others"
-            ) from error

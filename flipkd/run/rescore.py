@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from flipkd.data.columns import as_numbers
 from flipkd.data.location import Location
 from flipkd.data.pairs import NOT_SCORED, NOT_SELECTED, distinct_texts, first_reasons, text_reasons
-from flipkd.data.record_texts import RecordTexts, read_record_texts
+from flipkd.data.record_texts import RecordTexts
 from flipkd.data.shards import ShardReader
 from flipkd.errors import NotFiniteError
 from flipkd.models.llm import LlmAnswers, PairLlm, load_llm
@@ -55,8 +55,6 @@ class RescoreTask:
         selection: which pairs are asked.
         pair_columns: names of the left and right column of texts, or of ids.
         tables: record tables of the ids; empty for texts.
-        id_column: of the records.
-        template: of the records' texts.
         combination: of answer and score, or None.
         threshold: of the column ``match``, or None.
     """
@@ -68,8 +66,6 @@ class RescoreTask:
     selection: Selection
     pair_columns: tuple[str, str]
     tables: tuple[RecordTable, ...]
-    id_column: str
-    template: str
     combination: Combination | None
     threshold: float | None
 
@@ -79,9 +75,7 @@ class RescoreWorker:
 
     def __init__(self, task: RescoreTask, options: LlmOptions, threads: int) -> None:
         self._task = task
-        tables = [
-            read_record_texts(table.location, table.shards, task.id_column, task.template) for table in task.tables
-        ]
+        tables = [table.read() for table in task.tables]
         self._sides: tuple[RecordTexts, RecordTexts] | None = (tables[0], tables[-1]) if tables else None
         self._llm: PairLlm = load_llm(options, threads)
 
@@ -293,8 +287,6 @@ def _task(planned: RescorePlan, selection: Selection) -> RescoreTask:
         selection=selection,
         pair_columns=config.pair_columns,
         tables=planned.tables,
-        id_column=config.id_column,
-        template=config.text_template,
         combination=planned.combination,
         threshold=planned.threshold,
     )

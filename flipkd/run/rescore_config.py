@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from fractions import Fraction
 
+from flipkd.checks import check_positive, check_probability
 from flipkd.config import RunOptions
 from flipkd.errors import ConfigError
 from flipkd.models.llm_options import LlmOptions
+from flipkd.record_sides import RecordSides
 
 
 @dataclass(frozen=True)
-class RescoreConfig:
+class RescoreConfig(RecordSides):
     """Scores to scores in which an LLM has answered for the pairs near the threshold.
 
     Args:
@@ -25,6 +27,7 @@ class RescoreConfig:
         left_column: ids of the left records; ``right_column`` the right ones.
         records: record table of the left (and right) records; ``right_records`` of the right ones where they differ.
         id_column, text_column, template: as in ``EncodeConfig``.
+        right_id_column, right_text_column, right_template: of ``right_records``; None: as for ``records``.
         threshold: of the probability, for the column ``match`` (None: the one that ``score`` used).
         combine: JSON file of a combination (see ``flipkd.run.combination``): the probability of an answered pair comes
             from the LLM's answer and the score. None: it is the LLM's.
@@ -52,20 +55,24 @@ class RescoreConfig:
     fit_labels: str | None = None
     rows_per_unit: int = 20_000
     run: RunOptions = field(default_factory=RunOptions)
+    right_id_column: str | None = None
+    right_text_column: str | None = None
+    right_template: str | None = None
 
     def __post_init__(self) -> None:
-        if self.rows_per_unit < 1:
-            raise ConfigError(f"--rows-per-unit must be at least 1, not {self.rows_per_unit}")
+        check_positive("rows-per-unit", self.rows_per_unit)
         if (self.band is None) == (self.budget is None):
             raise ConfigError("say which pairs the LLM is asked: either --band LOW:HIGH or --budget 1%")
         if self.band is not None and not self.band[0] <= self.band[1]:
             raise ConfigError(f"--band {self.band[0]}:{self.band[1]}: the first number must not be above the second")
+        if self.band is not None and (self.band[1] < -1 or self.band[0] > 1):
+            raise ConfigError(
+                f"--band {self.band[0]:g}:{self.band[1]:g} holds no probability (0 to 1) and no score (-1 to 1)"
+            )
         if self.budget is not None:
             budget_rows(self.budget, 0)
-        if self.threshold is not None and self.threshold != self.threshold:
-            raise ConfigError("--threshold must be a number, not NaN")
-        if self.right_records is not None and self.records is None:
-            raise ConfigError("--right-records needs --records")
+        check_probability("threshold", self.threshold, "it is compared with the probability")
+        self.check_record_sides(self.right_records is not None)
         if self.combine is not None and self.fit_labels is not None:
             raise ConfigError("--fit-labels makes a combination and --combine uses one; give one of them")
 
@@ -74,11 +81,6 @@ class RescoreConfig:
         """The two input columns that say what is compared."""
         ids = (self.left_column, self.right_column)
         return (self.left_text, self.right_text) if self.records is None else ids
-
-    @property
-    def text_template(self) -> str:
-        """The template of the records' texts; a plain text column is the template of that column alone."""
-        return self.template if self.template is not None else f"{{{self.text_column}}}"
 
 
 def budget_rows(budget: str, rows: int) -> int:

@@ -65,7 +65,8 @@ def output_columns(task: ScoreTask, input_names: Sequence[str]) -> list[str]:
     """Names of the output's columns, in order.
 
     Raises:
-        ConfigError: a score column is asked for that the options do not give, or an input column has its name.
+        ConfigError: a score column is asked for that the options do not give, or an input column has the name of
+            one, asked for or not.
     """
     made = ["score"]
     if task.calibration is not None:
@@ -74,7 +75,7 @@ def output_columns(task: ScoreTask, input_names: Sequence[str]) -> list[str]:
         made.append("match")
     made += ["reason", "truncated"]
     if task.columns is None:
-        clash = [name for name in made if name in input_names]
+        clash = [name for name in SCORE_COLUMNS if name in input_names]
         if clash:
             raise ConfigError(
                 f"the pairs have a column {clash[0]!r} already; rename it, or name the columns to write with --columns"

@@ -54,6 +54,7 @@ def teach(config: TeachConfig) -> dict[str, Any]:
     work = output.child(WORK_FOLDER).child(work_name(plan, planned.run_fingerprint))
     job = _teach_job(planned, work, vectors)
     with locked(output), observed("teach", config.run, output):
+        _vectors_of(vectors)  # something else in their place is refused before anything is deleted
         done = prepare(output, plan.units, config.run.overwrite)
         has_vectors = _check_vectors(planned, vectors, work)
         stages: dict[str, Any] = {}
@@ -101,8 +102,6 @@ def _join(planned: TeachPlan, job: Job, work: Location) -> tuple[Plan, dict[str,
         output=joined,
         run_fingerprint=planned.run_fingerprint,
         tables=planned.tables,
-        id_column=config.id_column,
-        template=config.text_template,
         id_columns=config.pair_columns,
         text_columns=planned.teacher.text_columns,
     )
@@ -139,17 +138,29 @@ def _encode(planned: TeachPlan, job: Job, work: Location, vectors: Location) -> 
     return plan, stages
 
 
+def _vectors_of(vectors: Location) -> dict[str, Any] | None:
+    """Of which run over which pairs the vectors are; None where there are none.
+
+    Raises:
+        OutputError: something else has their place.
+    """
+    if not vectors.is_local or not os.path.lexists(vectors.path):
+        return None
+    found = read_json(vectors, _VECTORS_OF, pairs=(str, type(None))) if os.path.isdir(vectors.path) else None
+    if found is None:
+        raise OutputError(f"{vectors.uri} is not a folder of teacher vectors; choose another --output, or remove it")
+    return found
+
+
 def _check_vectors(planned: TeachPlan, vectors: Location, work: Location) -> bool:
     """Whether the vectors of this run over these pairs are there. Vectors of another run of ``teach`` are removed.
 
     Raises:
         OutputError: something else has their place.
     """
-    if not vectors.is_local or not os.path.lexists(vectors.path):
-        return False
-    found = read_json(vectors, _VECTORS_OF, pairs=(str, type(None))) if os.path.isdir(vectors.path) else None
+    found = _vectors_of(vectors)
     if found is None:
-        raise OutputError(f"{vectors.uri} is not a folder of teacher vectors; choose another --output, or remove it")
+        return False
     of = plan_fingerprint(planned.plan, planned.run_fingerprint)
     if planned.teacher.kind == "bi-encoder" and found["pairs"] == of:
         return True

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import posixpath
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -109,6 +109,7 @@ def plan_units(
     *,
     split_row_groups: bool = False,
     skip_bad_shards: bool = False,
+    check: Callable[[Shard, ShardReader], object] | None = None,
 ) -> Plan:
     """Cuts the shards into units of about ``rows_per_unit`` rows.
 
@@ -119,13 +120,15 @@ def plan_units(
         run_fingerprint: of everything that decides the output besides the input.
         split_row_groups: whether units may begin and end inside a row group (worth it where reading is the small part).
         skip_bad_shards: list unreadable files in the plan in place of raising.
+        check: looks at the schema of each file while it is open; it may be called on several threads.
 
     Raises:
         InputError: a footer cannot be read.
+        ConfigError: what ``check`` raises.
     """
     # A footer is a few small reads: threads hide their latency, on a disk and still more on an object store.
     with ThreadPoolExecutor(max_workers=16) as pool:
-        footers = list(pool.map(lambda shard: _row_group_rows(location, shard, skip_bad_shards), shards))
+        footers = list(pool.map(lambda shard: _row_group_rows(location, shard, skip_bad_shards, check), shards))
     units: list[WorkUnit] = []
     bad: list[tuple[str, str]] = []
     for shard, rows in zip(shards, footers, strict=True):
@@ -170,10 +173,15 @@ def _split(rows: Sequence[int], rows_per_unit: int) -> list[_Piece]:
     return pieces
 
 
-def _row_group_rows(location: Location, shard: Shard, keep_error: bool) -> list[int] | InputError:
+def _row_group_rows(
+    location: Location, shard: Shard, keep_error: bool, check: Callable[[Shard, ShardReader], object] | None
+) -> list[int] | InputError:
     try:
         with ShardReader(location, shard) as reader:
-            return reader.row_group_rows
+            rows = reader.row_group_rows
+            if check is not None:
+                check(shard, reader)
+            return rows
     except InputError as error:
         if keep_error:
             return error

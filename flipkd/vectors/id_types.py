@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pyarrow as pa
 
-from flipkd.errors import ColumnError
+from flipkd.errors import ColumnError, InputError
 
 # By value as int64, by value as uint64, by their bytes, and the type of a column that holds nothing but nulls.
 KINDS = ("int64", "uint64", "bytes", "null")
@@ -40,6 +42,25 @@ def check_id_type(id_type: pa.DataType, column: str) -> str:
             "that float64 has already merged ids above 2**53)"
         )
     raise ColumnError(f"column {column!r} is of type {id_type}, which cannot be an id: {hint}")
+
+
+def common_kind(kinds: Mapping[str, str], column: str) -> str:
+    """The one kind that the ids of all files of a table are kept as.
+
+    Args:
+        kinds: per kind a file that has it.
+        column: of the ids, for the message.
+
+    Raises:
+        InputError: some are integers and others strings; names both files.
+    """
+    known = [kind for kind in kinds if kind != "null"]
+    if "bytes" in known and len(known) > 1:
+        one, other = known[:2]
+        raise InputError(
+            f"the ids in {kinds[one]} are {one}, those in {kinds[other]} {other}; cast the column {column!r} of one"
+        )
+    return "uint64" if "uint64" in known else next(iter(known), "null")
 
 
 def plain(ids: pa.Array) -> pa.Array:

@@ -321,6 +321,40 @@ def test_the_cascade_is_a_stage_and_its_copy_is_what_consumers_get(bank: Bank, b
     assert "answered by the LLM" in (bank.nights / SECOND / "report/night.html").read_text()
 
 
+def test_the_right_table_may_have_columns_of_its_own(bank: Bank, base_dir: Path, tmp_path: Path) -> None:
+    """Both stages read it by them; ``{date}`` is a column in its template."""
+    other = pa.table(
+        {"ref": np.arange(len(bank.texts[1])), "name": bank.texts[1], "date": ["1999"] * len(bank.texts[1])}
+    )
+    pq.write_table(other, bank.folder / "sanctions/0.parquet")
+    own: dict[str, Any] = {"right_id_column": "ref", "right_template": "{name} of {date}"}
+    (bank.folder / "prompt.txt").write_text("{left} and {right}: the same? Answer:")
+    (bank.folder / "calibration.json").write_text(json.dumps({"slope": 10.0, "intercept": -5.0}))
+    llm = {"folder": str(base_dir), "prompt_file": "prompt.txt", "labels": ["yes", "no"]}
+    score_section = {"calibration": "calibration.json", "id_column": "id", "text_column": "text", **own}
+    bank.run(SECOND, score=score_section, rescore={"llm": llm, "budget": "5"}, gates=NO_PSI)
+    facts = bank.facts(SECOND)
+    assert facts["records"]["right"] == {"records": RECORDS + 1, "new": 0, "new_share": 0.0}
+    assert facts["encoded"]["encode right"]["encoded_texts"] > 0  # their texts are others than last night's
+    assert facts["rescored"]["counts"]["rescored"] == 5
+    plain = ScoreConfig(
+        str(bank.folder / "pairs" / SECOND),
+        str(tmp_path / "plain"),
+        encoder=EncoderOptions(bank.values["score"]["encoder"]),
+        records=str(bank.folder / "customers" / SECOND),
+        right_records=str(bank.folder / "sanctions"),
+        calibration=str(bank.folder / "calibration.json"),
+        **own,
+    )
+    score(plain)
+    scored = pq.read_table(bank.nights / SECOND / "scores", columns=["score"])
+    assert scored.equals(pq.read_table(plain.output, columns=["score"]))
+    bank.pairs(THIRD)
+    bank.customers(THIRD, bank.texts[0])
+    told = bank.run(THIRD, code=2, score={**score_section, "right_id_column": "id"}).stderr
+    assert "--right-id-column is right_id_column of score" in told
+
+
 def test_a_stage_that_is_taken_out_of_the_file_in_mid_night_is_not_forgotten(
     bank: Bank, monkeypatch: pytest.MonkeyPatch
 ) -> None:

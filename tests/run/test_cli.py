@@ -88,7 +88,7 @@ def test_exit_codes(world: World, make_pairs: MakePairs, tmp_path: Path) -> None
 def test_options_from_a_file_and_a_flag_that_wins(
     world: World, make_pairs: MakePairs, tmp_path: Path, suffix: str
 ) -> None:
-    values = {"pairs": str(make_pairs()), "store": world.left_store, "min-score": 2.0, "columns": ["n", "score"]}
+    values = {"pairs": str(make_pairs()), "store": world.left_store, "min-score": 0.99, "columns": ["n", "score"]}
     lines = {
         "yaml": [f"{key}: {json.dumps(value)}" for key, value in values.items()],
         "toml": [f"{key} = {json.dumps(value)}" for key, value in values.items()],
@@ -97,8 +97,8 @@ def test_options_from_a_file_and_a_flag_that_wins(
     path.write_text("\n".join(lines[suffix]))
     code, out, err = run("score", "--config", str(path), "--output", str(tmp_path / "a"))
     assert code == 0, err
-    assert "120 rows in, 0 out" in out
-    code, out, _ = run("score", "--config", str(path), "--output", str(tmp_path / "b"), "--min-score", "-2")
+    assert "120 rows in, 2 out" in out
+    code, out, _ = run("score", "--config", str(path), "--output", str(tmp_path / "b"), "--min-score", "-1")
     assert "120 rows in, 120 out" in out
     path.write_text("pears: 1\n" if suffix == "yaml" else "pears = 1\n")
     code, _, err = run("score", "--config", str(path), "--output", str(tmp_path / "c"))

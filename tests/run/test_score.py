@@ -175,7 +175,7 @@ def test_what_cannot_be_scored_has_a_reason_and_is_never_nan(world: World, tmp_p
     assert [value is not None for value in found.column("match").to_pylist()] == scored
     assert manifest["reasons"] == {"invalid_text": 1, "missing_id": 3, "missing_record": 1, "missing_text": 3}
     # Only survivors are written, but all are counted.
-    survivors = score(replace(task, output=str(tmp_path / "some"), min_score=-2.0))
+    survivors = score(replace(task, output=str(tmp_path / "some"), min_score=-1.0))
     assert survivors["rows_out"] == 1
     assert survivors["reasons"] == manifest["reasons"]
 
