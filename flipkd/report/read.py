@@ -15,7 +15,15 @@ from flipkd.report.config import EvaluateConfig
 from flipkd.report.labels import LABEL_OPTIONS, read_label_table
 from flipkd.report.pairs import LabelledPairs, PairCounts, from_label_column, from_label_table
 from flipkd.report.sample import check_sample_columns, is_sample, read_sample, sample_facts
-from flipkd.report.scan import RowCounts, check_score_type, column_names, count_rows, scan, scores_identity
+from flipkd.report.scan import (
+    COLUMN_OPTIONS,
+    RowCounts,
+    check_score_type,
+    column_names,
+    count_rows,
+    scan,
+    scores_identity,
+)
 from flipkd.run.progress import progress_bar
 from flipkd.vectors.id_types import check_id_type
 
@@ -75,7 +83,7 @@ def check_columns(config: EvaluateConfig, scores: Location, shards: list[Shard])
 
 
 def _check_each(
-    location: Location, shards: list[Shard], columns: list[str], config: EvaluateConfig, hint: str = ""
+    location: Location, shards: list[Shard], columns: list[str], config: EvaluateConfig, hint: str = COLUMN_OPTIONS
 ) -> None:
     def look(shard: Shard) -> None:
         source = location.naming(shard.name)

@@ -23,6 +23,7 @@ _CELL_SHIFT = 12
 _SIGN = np.uint32(1 << 31)
 
 REASON = "reason"
+COLUMN_OPTIONS = "--score-column, --label-column, --weight-column, --key and --slice name columns"
 # Why a row has no score where its own column does not tell.
 NO_SCORE, NOT_FINITE = "no_score", "not_finite"
 _KNOWN = pa.array([name for name in REASONS if name is not None], pa.string())
@@ -172,9 +173,7 @@ def scan(
         with ShardReader(location, shard) as reader:
             groups = reader.row_group_rows
             rows = sum(groups)
-            reader.check_columns(
-                wanted, "--score-column, --label-column, --weight-column, --key and --slice name columns"
-            )
+            reader.check_columns(wanted, COLUMN_OPTIONS)
             for table in reader.batches(wanted, _BATCH_ROWS, row_groups=(0, len(groups)), skip_rows=0, rows=rows):
                 score = _scores(table.column(score_column), score_column, location.naming(shard.name))
                 why = _reasons(table, score, score_column, has_reason)
