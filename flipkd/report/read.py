@@ -69,17 +69,8 @@ def check_columns(config: EvaluateConfig, scores: Location, shards: list[Shard])
             )
         _check_each(scores, shards, [config.score_column, config.label_column, *config.slices, *weight], config)
         return
-    location = open_location(config.labels)
-    label_shards = find_shards(location)
-    if is_sample(location, label_shards):
-        _check_each(scores, shards, [config.score_column], config)
-        _check_each(location, label_shards, [config.score_column, config.label_column, *config.slices], config)
-    else:
-        columns = [*config.key, config.label_column, *weight]
-        if len(set(columns)) != len(columns):
-            raise ConfigError(f"{LABEL_OPTIONS} name a column twice: {', '.join(columns)}")
-        _check_each(scores, shards, [config.score_column, *config.key, *config.slices], config)
-        _check_each(location, label_shards, columns, config, f"{LABEL_OPTIONS} name columns")
+    joined = [] if check_labels(config) else [*config.key, *config.slices]
+    _check_each(scores, shards, [config.score_column, *joined], config)
 
 
 def _check_each(
@@ -114,24 +105,28 @@ def read_labelled(config: EvaluateConfig, scores: Location, shards: list[Shard])
     return read
 
 
-def check_labels(config: EvaluateConfig) -> None:
-    """Refuses a table of labels that cannot be read or lacks a column, from its footers alone.
+def check_labels(config: EvaluateConfig) -> bool:
+    """Looks at the footers of a table of labels; a job that evaluates at its end calls this at its beginning.
 
-    A job that evaluates at its end calls this at its beginning.
+    Returns:
+        Whether it is a sample that ``evaluate`` has drawn.
 
     Raises:
-        ConfigError: a column is missing.
+        ConfigError: a column is missing, named twice or of a type that cannot be used.
         InputError: there is no such file, or it cannot be read.
     """
     if config.labels is None:
-        return
+        return False
     location = open_location(config.labels)
     shards = find_shards(location)
-    keys = () if is_sample(location, shards) else config.key
-    columns = [*keys, config.label_column, *([config.weight_column] if config.weight_column is not None else [])]
-    for shard in shards:
-        with ShardReader(location, shard) as reader:
-            reader.check_columns(columns, f"{LABEL_OPTIONS} name columns")
+    if is_sample(location, shards):
+        _check_each(location, shards, [config.score_column, config.label_column, *config.slices], config)
+        return True
+    columns = [*config.key, config.label_column, *([config.weight_column] if config.weight_column is not None else [])]
+    if len(set(columns)) != len(columns):
+        raise ConfigError(f"{LABEL_OPTIONS} name a column twice: {', '.join(columns)}")
+    _check_each(location, shards, columns, config, f"{LABEL_OPTIONS} name columns")
+    return False
 
 
 def _read_any(config: EvaluateConfig, scores: Location, shards: list[Shard]) -> LabelledRun:

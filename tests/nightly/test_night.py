@@ -71,6 +71,20 @@ def test_reports_hold_nothing_of_a_record_and_belong_to_their_owner(first_night:
     assert "http" not in page.replace("http://www.w3.org/", "").replace("http-equiv", "")
 
 
+def scored_without_a_night(bank: Bank, output: Path, **options: Any) -> pa.Table:
+    """The second night's pairs, scored by a job of its own."""
+    plain = ScoreConfig(
+        str(bank.folder / "pairs" / SECOND),
+        str(output),
+        encoder=EncoderOptions(bank.values["score"]["encoder"]),
+        records=str(bank.folder / "customers" / SECOND),
+        right_records=str(bank.folder / "sanctions"),
+        **options,
+    )
+    score(plain)
+    return pq.read_table(output)
+
+
 def test_the_second_night_encodes_what_has_changed_and_scores_as_a_plain_job(bank: Bank, tmp_path: Path) -> None:
     bank.run(SECOND)
     facts = bank.facts(SECOND)
@@ -79,16 +93,8 @@ def test_the_second_night_encodes_what_has_changed_and_scores_as_a_plain_job(ban
     assert (left["encoded_texts"], left["cached_texts"]) == (CHANGED, RECORDS - CHANGED)
     assert right.get("encoded_texts", 0) == 0
     assert facts["records"]["left"] == {"records": RECORDS, "new": 0, "new_share": 0.0}  # changed ones are not new
-    plain = ScoreConfig(
-        str(bank.folder / "pairs" / SECOND),
-        str(tmp_path / "plain"),
-        encoder=EncoderOptions(bank.values["score"]["encoder"]),
-        records=str(bank.folder / "customers" / SECOND),
-        right_records=str(bank.folder / "sanctions"),
-        threshold=0.6,
-    )
-    score(plain)
-    assert pq.read_table(bank.nights / SECOND / "scores").equals(pq.read_table(plain.output))
+    plain = scored_without_a_night(bank, tmp_path / "plain", threshold=0.6)
+    assert pq.read_table(bank.nights / SECOND / "scores").equals(plain)
     assert bank.current()["date"] == SECOND
     # Vectors are kept for the newest night alone, and none in the cache but the texts'.
     assert not (bank.nights / FIRST / "stores").exists()
@@ -337,18 +343,9 @@ def test_the_right_table_may_have_columns_of_its_own(bank: Bank, base_dir: Path,
     assert facts["records"]["right"] == {"records": RECORDS + 1, "new": 0, "new_share": 0.0}
     assert facts["encoded"]["encode right"]["encoded_texts"] > 0  # their texts are others than last night's
     assert facts["rescored"]["counts"]["rescored"] == 5
-    plain = ScoreConfig(
-        str(bank.folder / "pairs" / SECOND),
-        str(tmp_path / "plain"),
-        encoder=EncoderOptions(bank.values["score"]["encoder"]),
-        records=str(bank.folder / "customers" / SECOND),
-        right_records=str(bank.folder / "sanctions"),
-        calibration=str(bank.folder / "calibration.json"),
-        **own,
-    )
-    score(plain)
-    scored = pq.read_table(bank.nights / SECOND / "scores", columns=["score"])
-    assert scored.equals(pq.read_table(plain.output, columns=["score"]))
+    scored = pq.read_table(bank.nights / SECOND / "scores")
+    plain = scored_without_a_night(bank, tmp_path / "plain", **own)
+    assert scored.column("score").equals(plain.column("score"))
     bank.pairs(THIRD)
     bank.customers(THIRD, bank.texts[0])
     told = bank.run(THIRD, code=2, score={**score_section, "right_id_column": "id"}).stderr
