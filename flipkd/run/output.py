@@ -225,8 +225,8 @@ def own_outputs(output: Location, wanted: Collection[str], overwrite: bool) -> s
         )
     if not overwrite:
         raise OutputError(
-            f"{output.uri} holds {len(foreign)} files of another run, or of input that has changed since; "
-            "choose another --output, or pass --overwrite to delete them"
+            f"{output.uri} holds {len(foreign)} files of another run, or of input that has changed since "
+            f"(such as {min(foreign)}); choose another --output, or pass --overwrite to delete them"
         )
     logger.info("deleting %d files of another run in %s", len(names), output.uri)
     remove_outputs(output, names)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import psutil
 
+from flipkd.run.manifest import PLAN
 from tests.run.faults import EATEN_BYTES
 from tests.run.ray_cluster import ENVIRONMENT, Cluster, alive_workers, wait_until
 
@@ -87,6 +88,13 @@ class Run:
         deadline = time.monotonic() + STALL_S + GRACE_S
         while process.poll() is None and self.units_done() < wanted:
             assert time.monotonic() < deadline, f"the job had not done {wanted} units within {STALL_S + GRACE_S} s"
+            time.sleep(0.002)
+
+    def wait_for_the_plan(self, process: subprocess.Popen[str]) -> None:
+        """Waits until the job has looked at its input, or has ended."""
+        deadline = time.monotonic() + GRACE_S
+        while process.poll() is None and not (self.output / PLAN).exists():
+            assert time.monotonic() < deadline, f"the job had no plan within {GRACE_S} s"
             time.sleep(0.002)
 
     def end(self, process: subprocess.Popen[str], limit_s: float = STALL_S + GRACE_S) -> tuple[int, str]:
@@ -200,7 +208,7 @@ def stop_driver(run: Run) -> bool:
     process = run.start()
     run.wait_for_a_moment(process)
     process.send_signal(signal.SIGSTOP)
-    if process.poll() is None and (run.output / ".flipkd/plan.json").exists():
+    if process.poll() is None and (run.output / PLAN).exists():
         code, told = run.end(run.start())
         assert code == 1, told
         assert "another job is working on" in told
@@ -255,9 +263,13 @@ def read_only(run: Run) -> bool:
 
 
 def lose_shard(run: Run) -> bool:
-    """An input file is cut off, overwritten, deleted or replaced while the job reads; then it is as it was before."""
+    """An input file is cut off, overwritten, deleted or replaced while the job reads; then it is as it was before.
+
+    Not before the job has planned: its outputs would rightly be those of the other input, and the rerun refused.
+    """
     process = run.start()
     run.wait_for_a_moment(process)
+    run.wait_for_the_plan(process)
     names = {path.name.split(".")[0] for path in run.output.glob("*.parquet")}
     files = sorted(run.site.pairs.glob("*.parquet"))
     victim = run.random.choice([path for path in files if path.stem not in names] or files)
