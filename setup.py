@@ -29,9 +29,11 @@ setup(
             "flipkd._native",
             sources=[
                 "flipkd/kernels/pair_score/cpu.cpp",
+                "flipkd/kernels/encoder_ops/attention_cpu.cpp",
                 "flipkd/kernels/encoder_ops/cpu.cpp",
                 "flipkd/vectors/index.cpp",
             ],
+            depends=["flipkd/kernels/encoder_ops/avx512.h"],
             language="c++",
             extra_compile_args=["-O3", "-std=c++17", "-pthread", "-fno-math-errno", "-ffp-contract=off"],
             extra_link_args=["-pthread"] if sys.platform != "darwin" else [],

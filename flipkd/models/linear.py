@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from flipkd.kernels.encoder_ops import Operand, Product
+from flipkd.kernels.packed_linear import multiply_bf16, multiply_int8, pack_bf16, pack_int8, packs
 
 _LEAST_ROWS = 32  # cuBLAS refuses to multiply 16 rows or fewer in int8
 
@@ -15,9 +16,9 @@ class Linear:
     """x W^T + b.
 
     int8: W is symmetric with one scale per output, rows of x with one scale each (made by the operation before), the
-    products are exact in int32 (``torch._int_mm``: oneDNN on a CPU, cuBLAS on a GPU, the function that torchao calls
-    too). A row's scale follows from that row alone, so a text does not depend on its neighbours, as it would with one
-    scale per batch.
+    products are exact in int32 (oneDNN on a CPU; ``torch._int_mm`` elsewhere: cuBLAS on a GPU, the function that
+    torchao calls too). A row's scale follows from that row alone, so a text does not depend on its neighbours, as it
+    would with one scale per batch.
 
     Args:
         weight: [outputs, inputs].
@@ -28,21 +29,29 @@ class Linear:
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.shape = tuple(weight.shape)
+        self._packed = weight.device.type == "cpu" and dtype in (torch.bfloat16, torch.int8) and packs()
         if dtype is torch.int8:
             weight = weight.float()
             self._scale = (weight.abs().amax(dim=1) / 127.0).clamp(min=1e-30)
-            # Stored as [inputs, outputs] by a view: what the multiplication takes without a copy.
-            self._weight = (weight / self._scale[:, None]).round().to(torch.int8).contiguous().t()
+            whole = (weight / self._scale[:, None]).round().to(torch.int8)
+            # Else stored as [inputs, outputs] by a view: what the multiplication takes without a copy.
+            self._weight = pack_int8(whole) if self._packed else whole.contiguous().t()
             self._bias = None if bias is None else bias.float().contiguous()
         else:
-            self._weight = weight.to(dtype).contiguous()
+            weight = weight.to(dtype).contiguous()
+            self._weight = pack_bf16(weight) if self._packed else weight
             self._bias = None if bias is None else bias.to(dtype)
 
     def __call__(self, operand: Operand) -> Product:
         """[T, inputs] to [T, outputs]."""
-        if self.dtype is not torch.int8:
-            return Product(linear(operand.values, self._weight, self._bias))
-        rows, values = len(operand.values), operand.values
-        if values.is_cuda and rows < _LEAST_ROWS:
-            values = pad(values, (0, 0, 0, _LEAST_ROWS - rows))
-        return Product(torch._int_mm(values, self._weight)[:rows], operand.row_scale, self._scale, self._bias)
+        values = operand.values
+        if self.dtype is torch.int8 and self._packed:
+            return Product(multiply_int8(values, self._weight, self._scale), operand.row_scale, None, self._bias)
+        if self.dtype is torch.int8:
+            rows = len(values)
+            if values.is_cuda and rows < _LEAST_ROWS:
+                values = pad(values, (0, 0, 0, _LEAST_ROWS - rows))
+            return Product(torch._int_mm(values, self._weight)[:rows], operand.row_scale, self._scale, self._bias)
+        if self._packed:
+            return Product(multiply_bf16(values, self._weight, self._bias))
+        return Product(linear(values, self._weight, self._bias))

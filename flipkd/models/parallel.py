@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flipkd.errors import NotFiniteError
+from flipkd.models.allocator import keep_freed_memory
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +59,8 @@ def run_batches(
     """
     import torch
 
+    if device.type == "cpu":
+        keep_freed_memory()
     own_threads = torch.get_num_threads()
     waiting: deque[tuple[np.ndarray, Future[tuple[np.ndarray, np.ndarray]]]] = deque()
     try:

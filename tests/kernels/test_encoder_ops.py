@@ -24,9 +24,9 @@ def product(rows: int, columns: int, dtype: torch.dtype, seed: int) -> Product:
     generator = torch.Generator().manual_seed(seed)
     if dtype is not torch.int8:
         return Product(torch.randn(rows, columns, generator=generator).to(dtype))
-    values = torch.randint(-20000, 20000, (rows, columns), generator=generator, dtype=torch.int32)
-    scales = [torch.rand(size, generator=generator) * 0.02 + 1e-3 for size in (rows, columns)]
-    return Product(values, *scales, torch.randn(columns, generator=generator))
+    values = (torch.randn(rows, columns, generator=generator) * 100).bfloat16()
+    row_scale = torch.rand(rows, generator=generator) * 0.02 + 1e-3
+    return Product(values, row_scale, None, torch.randn(columns, generator=generator))
 
 
 def on_cpu(*lengths: int) -> Texts:
@@ -191,3 +191,12 @@ def test_int8_rows_are_stretched_to_their_largest_component() -> None:
     assert made.values.tolist() == [[32, -127, 64], [0, 0, 0]]
     assert made.row_scale is not None
     assert torch.allclose(made.row_scale, torch.tensor([2 / 127, 0.0]))
+
+
+@needs_library
+def test_gelu_is_exact_to_the_rounding_of_its_result() -> None:
+    values = torch.cat([torch.linspace(-8, 8, 4064), torch.tensor([0.0, 4.5, -4.5, 50.0, -50.0, 1e4, -1e4, 1e30] * 4)])
+    values = values.bfloat16().reshape(-1, 32)
+    found = encoder_ops.activate(Product(values), "gelu", gated=False, dtype=torch.bfloat16).values.float()
+    wanted = torch.nn.functional.gelu(values.double()).float()
+    assert ((found - wanted).abs() <= wanted.abs() * 2.0**-7.99 + 2e-5).all()

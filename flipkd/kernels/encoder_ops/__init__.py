@@ -2,8 +2,8 @@
 
 Rows are tokens of texts packed end to end, so nothing is padded. Multiplications stay with PyTorch (oneDNN), which runs
 them at the machine's limit; what these functions save is the passes over memory between them. ``reference.py`` is plain
-PyTorch and runs everywhere; ``cpu.cpp`` takes over for bf16 and int8 on a CPU with AVX-512 BF16, for widths that are
-multiples of 32, and ``gpu.py`` (Triton) for floating numbers on a GPU.
+PyTorch and runs everywhere; ``cpu.cpp`` and ``attention_cpu.cpp`` take over for bf16 and int8 on a CPU with AVX-512
+BF16, for widths that are multiples of 32, and ``gpu.py`` (Triton) for floating numbers on a GPU.
 """
 
 from __future__ import annotations
@@ -20,11 +20,22 @@ from flipkd.kernels.encoder_ops import reference
 from flipkd.kernels.encoder_ops.types import ACTIVATIONS, Heads, Norm, Operand, Product, Texts
 from flipkd.kernels.native import native
 
-__all__ = ["ACTIVATIONS", "Heads", "Norm", "Operand", "Product", "Texts", "activate", "add_norm", "attend"]
+__all__ = [
+    "ACTIVATIONS",
+    "Heads",
+    "Norm",
+    "Operand",
+    "Product",
+    "Texts",
+    "activate",
+    "add_norm",
+    "attend",
+    "runs_compiled",
+]
 
 
 class _Product(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("values", "row_scale", "column_scale", "bias")]
+    _fields_ = [(name, ctypes.c_void_p) for name in ("values", "row_scale", "bias")]
 
 
 class _Operand(ctypes.Structure):
@@ -146,6 +157,11 @@ def _on_gpu(values: Tensor) -> bool:
     return encoder_ops_backend(values.device.type) == "triton"
 
 
+def runs_compiled() -> bool:
+    """Whether the compiled functions are there and run on this CPU."""
+    return _library() is not None
+
+
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     library = native()
@@ -166,15 +182,18 @@ def _library() -> ctypes.CDLL | None:
 
 def _fits(values: Tensor, columns: int) -> bool:
     """Whether the compiled functions know this dtype, place and width."""
-    return values.device.type == "cpu" and values.dtype in (torch.bfloat16, torch.int32) and columns % 32 == 0
+    return values.device.type == "cpu" and values.dtype is torch.bfloat16 and columns % 32 == 0
 
 
 def _is_plain(product: Product | None) -> bool:
-    return product is None or (product.values.dtype is not torch.float32 and product.values.is_contiguous())
+    if product is None:
+        return True
+    values = product.values
+    return values.dtype is torch.bfloat16 and product.column_scale is None and values.is_contiguous()
 
 
 def _given(product: Product) -> _Product:
-    parts = (product.values, product.row_scale, product.column_scale, product.bias)
+    parts = (product.values, product.row_scale, product.bias)
     return _Product(*(None if part is None else part.data_ptr() for part in parts))
 
 

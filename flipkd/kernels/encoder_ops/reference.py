@@ -21,11 +21,11 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def numbers(product: Product) -> Tensor:
-    """The numbers of a product: [T, n] in its own dtype, float32 where it is int32."""
+    """The numbers of a product: [T, n] in its own dtype, float32 where there are scales."""
     if product.row_scale is None:
         return product.values
-    assert product.column_scale is not None
-    found = product.values.float() * product.row_scale[:, None] * product.column_scale
+    found = product.values.float() * product.row_scale[:, None]
+    found = found if product.column_scale is None else found * product.column_scale
     return found if product.bias is None else found + product.bias
 
 

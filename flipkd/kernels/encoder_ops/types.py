@@ -27,8 +27,9 @@ class Operand:
 class Product:
     """What a multiplication gives, one row per token.
 
-    ``values`` [T, n] in float32 or bf16, finished; or int32 that becomes
-    ``value * row_scale[row] * column_scale[column] + bias[column]`` (float32 [T], [n] and [n], the last may be None).
+    ``values`` [T, n] in float32 or bf16, finished; or of an int8 operand, in bf16 or int32, to become
+    ``value * row_scale[row] * column_scale[column] + bias[column]`` (float32 [T], [n] and [n]; without ``column_scale``
+    and ``bias`` where they are None).
     """
 
     values: Tensor
