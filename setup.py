@@ -33,7 +33,9 @@ setup(
                 "flipkd/kernels/encoder_ops/cpu.cpp",
                 "flipkd/vectors/index.cpp",
             ],
-            depends=["flipkd/kernels/encoder_ops/avx512.h"],
+            depends=[
+                f"flipkd/kernels/encoder_ops/{name}.h" for name in ("avx512", "attention_amx", "attention_layout")
+            ],
             language="c++",
             extra_compile_args=["-O3", "-std=c++17", "-pthread", "-fno-math-errno", "-ffp-contract=off"],
             extra_link_args=["-pthread"] if sys.platform != "darwin" else [],

@@ -14,7 +14,7 @@ from pathlib import Path
 
 # Raised with every change of an exported function's arguments, here and in pair_score/cpu.cpp, so that a library left
 # over from an older checkout is refused instead of being called with the wrong arguments.
-ABI_VERSION = 3
+ABI_VERSION = 4
 
 _REBUILD = "reinstall flipkd with a C++17 compiler present (pip install -e . in a checkout) for full speed"
 

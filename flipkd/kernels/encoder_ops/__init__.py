@@ -146,6 +146,7 @@ def attend(product: Product, texts: Texts, heads: Heads, dtype: torch.dtype) -> 
         None if heads.cosine is None else heads.cosine.data_ptr(),
         None if heads.sine is None else heads.sine.data_ptr(),
         ctypes.byref(_taken(made)),
+        _has_amx(),
     )
     return made
 
@@ -173,11 +174,19 @@ def _library() -> ctypes.CDLL | None:
     ]  # fmt: skip
     library.flipkd_activate.argtypes = [pointer, number, number, ctypes.c_int, ctypes.c_int, pointer]
     library.flipkd_attend.argtypes = [
-        pointer, pointer, number, number, number, number, ctypes.c_float, ctypes.c_int, pointer, pointer, pointer
+        pointer, pointer, number, number, number, number, ctypes.c_float, ctypes.c_int, pointer, pointer, pointer,
+        ctypes.c_int,
     ]  # fmt: skip
     for function in (library.flipkd_add_norm, library.flipkd_activate, library.flipkd_attend):
         function.restype = None
     return library
+
+
+@functools.cache
+def _has_amx() -> bool:
+    """Whether the compiled attention multiplies on AMX."""
+    library = _library()
+    return library is not None and bool(library.flipkd_attention_has_amx())
 
 
 def _fits(values: Tensor, columns: int) -> bool:

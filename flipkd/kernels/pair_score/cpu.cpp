@@ -484,7 +484,7 @@ void in_threads(int64_t shares, const Work& work) {
 
 }  // namespace
 
-EXPORT int32_t flipkd_abi_version() { return 3; }
+EXPORT int32_t flipkd_abi_version() { return 4; }
 
 EXPORT int32_t flipkd_pair_score_level() { return best_level(); }
 
