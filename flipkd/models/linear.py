@@ -9,7 +9,8 @@ from torch.nn.functional import linear, pad
 from flipkd.kernels.encoder_ops import Operand, Product
 from flipkd.kernels.packed_linear import multiply_bf16, multiply_int8, pack_bf16, pack_int8, packs
 
-_LEAST_ROWS = 32  # cuBLAS refuses to multiply 16 rows or fewer in int8
+# cuBLAS refuses to multiply 16 rows or fewer in int8; MKL sums fewer than 16 rows in another order.
+_LEAST_ROWS = {("cuda", torch.int8): 32, ("cpu", torch.float32): 16}
 
 
 class Linear:
@@ -19,6 +20,9 @@ class Linear:
     products are exact in int32 (oneDNN on a CPU; ``torch._int_mm`` elsewhere: cuBLAS on a GPU, the function that
     torchao calls too). A row's scale follows from that row alone, so a text does not depend on its neighbours, as it
     would with one scale per batch.
+
+    A row's product does not depend on how many rows stand beside it, but for bf16 on AMX: oneDNN shares out the sum by
+    the number of rows there, and the last bit of a result may follow.
 
     Args:
         weight: [outputs, inputs].
@@ -44,14 +48,14 @@ class Linear:
 
     def __call__(self, operand: Operand) -> Product:
         """[T, inputs] to [T, outputs]."""
-        values = operand.values
-        if self.dtype is torch.int8 and self._packed:
+        values, rows = operand.values, len(operand.values)
+        if self._packed and self.dtype is torch.int8:
             return Product(multiply_int8(values, self._weight, self._scale), operand.row_scale, None, self._bias)
-        if self.dtype is torch.int8:
-            rows = len(values)
-            if values.is_cuda and rows < _LEAST_ROWS:
-                values = pad(values, (0, 0, 0, _LEAST_ROWS - rows))
-            return Product(torch._int_mm(values, self._weight)[:rows], operand.row_scale, self._scale, self._bias)
         if self._packed:
             return Product(multiply_bf16(values, self._weight, self._bias))
-        return Product(linear(values, self._weight, self._bias))
+        least = _LEAST_ROWS.get((values.device.type, self.dtype), 0)
+        if rows < least:
+            values = pad(values, (0, 0, 0, least - rows))
+        if self.dtype is torch.int8:
+            return Product(torch._int_mm(values, self._weight)[:rows], operand.row_scale, self._scale, self._bias)
+        return Product(linear(values, self._weight, self._bias)[:rows])

@@ -68,9 +68,25 @@ def test_a_layer_gives_the_same_without_packed_weights(dtype: torch.dtype, monke
     assert torch.allclose(packed, plain, rtol=2.0**-7, atol=2.0**-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+@settings(max_examples=20, deadline=None)
+@given(first=st.integers(0, 99), rows=rows_of_batches, inputs=sizes, outputs=sizes)
+def test_a_row_does_not_depend_on_those_beside_it(
+    first: int, rows: int, inputs: int, outputs: int, dtype: torch.dtype
+) -> None:
+    """So a text that comes from the cache, or another batch, has the same bits (bf16 on AMX: see ``Linear``)."""
+    generator = torch.Generator().manual_seed(0)
+    layer = Linear(torch.randn(outputs, inputs, generator=generator), torch.randn(outputs, generator=generator), dtype)
+    whole = reference.operand(torch.randn(200, inputs, generator=generator), dtype)
+    some = slice(first, first + rows)
+    scale = None if whole.row_scale is None else whole.row_scale[some].contiguous()
+    part = layer(Operand(whole.values[some].contiguous(), scale))
+    assert torch.equal(reference.numbers(part), reference.numbers(layer(whole))[some])
+
+
 @needs_packing
 def test_float32_is_never_packed() -> None:
-    weight, values = torch.randn(64, 32), torch.randn(3, 32)
+    weight, values = torch.randn(64, 32), torch.randn(20, 32)
     assert torch.equal(Linear(weight, None, torch.float32)(Operand(values)).values, values @ weight.t())
 
 
