@@ -24,9 +24,11 @@ def numbers(rows: int, columns: int, dtype: torch.dtype, seed: int) -> torch.Ten
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
+def close(found: torch.Tensor, wanted: torch.Tensor, largest: float = 1.0) -> None:
+    """Within the tolerance, ``largest`` times as much for what is near zero."""
     assert found.dtype is wanted.dtype
-    torch.testing.assert_close(found, wanted, rtol=TOLERANCE[wanted.dtype], atol=TOLERANCE[wanted.dtype])
+    tolerance = TOLERANCE[wanted.dtype]
+    torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance * largest)
 
 
 @settings(max_examples=30, deadline=None)
@@ -64,7 +66,10 @@ def test_add_norm(
 )
 def test_activate(rows: int, width: int, dtype: torch.dtype, kind: str, gated: bool, seed: int) -> None:
     product = Product(numbers(rows, 2 * width if gated else width, dtype, seed) * 3)
-    close(gpu.activate(product, kind, gated).values, reference.activate(product, kind, gated, dtype).values)
+    wanted = reference.activate(product, kind, gated, dtype).values
+    # Of a negative gate, 1 + erf keeps few digits; what is lost there is multiplied by the other half.
+    largest = max(1.0, float(product.values.abs().max())) if gated and rows else 1.0
+    close(gpu.activate(product, kind, gated).values, wanted, largest)
 
 
 @settings(max_examples=30, deadline=None)
