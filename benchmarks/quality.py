@@ -52,7 +52,7 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 
 from benchmarks.common import machine, report, versions
-from benchmarks.quality_methods import METHODS, STUDENTS, SWEPT, TEACHERS
+from benchmarks.quality_methods import METHODS, SEEDED, STUDENTS, SWEPT, TEACHERS
 from benchmarks.quality_sets import DATASETS
 from benchmarks.quality_trial import Settings, Trial
 
@@ -128,15 +128,13 @@ def ratios(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
 def run(tasks: Sequence[Task], settings: Settings, work: Path, results: Results, jobs: int = 1) -> list[str]:
     """Computes the rows that are missing, ``jobs`` at a time; returns what failed, each with its reason."""
     wanted = [task for task in tasks if not results.has(task)]
-    # What others wait for comes first: teachers, then the longest trainings; no row waits for a string similarity.
-    # A set that others' models are tried on comes last.
+    # Teachers first, which others wait for; then what is run with every seed, in the order in which methods were named.
+    # A set that others' models are tried on comes after those sets.
     wanted.sort(
         key=lambda task: (
             task.method not in TEACHERS,
+            task.method not in SEEDED,
             DATASETS[task.dataset].trained_on is not None,
-            task.method not in ("lm", "flip_lm"),
-            task.method == "flip_decoder",
-            task.method,
         )
     )
     if jobs == 1:
@@ -179,7 +177,12 @@ def main() -> None:
     parser.add_argument("--options", type=json.loads, default={}, help="""as in '{"student": {"layer": 10}}'""")
     parser.add_argument("--dtype", choices=("float32", "bf16"), default=Settings.dtype, help="of the students' blocks")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=Settings.device)
-    parser.add_argument("--seeds", type=lambda value: [int(seed) for seed in value.split(",")], default=[0])
+    parser.add_argument(
+        "--seeds",
+        type=lambda value: [int(seed) for seed in value.split(",")],
+        default=[0],
+        help=f"of {', '.join(SEEDED)}; the others take the first",
+    )
     parser.add_argument("--labels", type=lambda value: [float(share) for share in value.split(",")], default=[1.0])
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
     parser.add_argument("--work", type=Path, default=Path("build") / "quality", help="models, scores and checkpoints")
@@ -189,10 +192,10 @@ def main() -> None:
     methods = [method for name in arguments.methods for method in known[name]]
     tasks = [
         Task(dataset, method, arguments.split, seed, labels)
-        for labels in arguments.labels
-        for seed in arguments.seeds
-        for dataset in datasets
         for method in methods
+        for labels in arguments.labels
+        for seed in (arguments.seeds if method in SEEDED else arguments.seeds[:1])
+        for dataset in datasets
     ]
     with tempfile.TemporaryDirectory() as scratch:
         settings, work, path = replace(QUICK, device=arguments.device), Path(scratch), Path(scratch) / "quality.json"

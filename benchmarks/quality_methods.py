@@ -70,5 +70,7 @@ SWEPT = {
     **{f"matrix temperature {value}": Student(LossOptions(matrix_temperature=value)) for value in (0.02, 0.1)},
 }
 STUDENTS = {**COMPARED, **SWEPT}
+# What is run with every seed; the others with the first one alone.
+SEEDED = ("teacher", "cosent", "flip_unlabelled", "flip", "flip_without_mcl")
 TEACHERS = ("teacher", "weak_teacher", "cross_encoder")
 METHODS = ("token_set_ratio", "minilm", *TEACHERS, "untrained", *COMPARED)

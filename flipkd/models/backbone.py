@@ -5,7 +5,7 @@ Importing this imports torch; transformers' model code is imported when a model 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flipkd.errors import ModelError
+from flipkd.kernels.encoder_ops import Texts
 from flipkd.models.bert import load_bert
 from flipkd.models.decoder import load_decoder
 from flipkd.models.folder import ModelFolder, TransformerFolder
@@ -30,13 +31,13 @@ _ENCODER_CLASSES = {
 class Backbone:
     """A loaded transformer.
 
-    ``states`` maps texts packed end to end to token vectors [T, width], from any thread: ids int64 [T], positions int64
-    [T] (each text starts at 0), and the tokens of each text. ``width`` is the size of a token vector.
+    ``states`` maps texts packed end to end, ids int64 [T] and where each text lies, to token vectors [T, width], from
+    any thread. ``width`` is the size of a token vector.
     ``position_limit`` is the longest input of a model with a table of learned positions, None for others.
     ``mixes_lengths``: whether texts of different lengths may stand in one call.
     """
 
-    states: Callable[[Tensor, Tensor, Sequence[int]], Tensor]
+    states: Callable[[Tensor, Texts], Tensor]
     width: int
     position_limit: int | None
     mixes_lengths: bool
@@ -63,10 +64,9 @@ def load_backbone(folder: ModelFolder, dtype: torch.dtype, device: torch.device,
         )
     model = load_pretrained(folder, dtype, trust_remote_code).to(device).eval()
 
-    def states(ids: Tensor, positions: Tensor, lengths: Sequence[int]) -> Tensor:
-        del positions
+    def states(ids: Tensor, texts: Texts) -> Tensor:
         # No mask: nothing is padded, so every token counts. Causal models still mask the future by themselves.
-        output: Tensor = model(input_ids=ids.view(len(lengths), -1)).last_hidden_state
+        output: Tensor = model(input_ids=ids.view(len(texts.lengths), -1)).last_hidden_state
         return output.flatten(0, 1)
 
     return Backbone(states, int(model.config.get_text_config().hidden_size), position_limit(model), mixes_lengths=False)

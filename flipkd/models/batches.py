@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
-from flipkd.models.tokens import TokenizedTexts
+from flipkd.models.tokens import TokenizedTexts, offsets_in_texts
 
 CHUNK_TEXTS = 1024
 Input = TypeVar("Input", contravariant=True)
@@ -52,9 +53,19 @@ def tokenized_chunks(
             yield first, chunk.result()
 
 
-def equal_length_batches(
-    chunks: Iterable[tuple[int, TokenizedTexts]], max_tokens: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+# Places int64 [texts] in the input, ids int64 [texts, tokens].
+_Rows = tuple[NDArray[np.int64], NDArray[np.int64]]
+
+
+class PackedBatch(NamedTuple):
+    """Texts end to end: ``places`` int64 [texts] in the input, ``ids`` int64 [T], ``lengths`` int64 [texts]."""
+
+    places: NDArray[np.int64]
+    ids: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+
+
+def equal_length_batches(chunks: Iterable[tuple[int, TokenizedTexts]], max_tokens: int) -> Iterator[_Rows]:
     """Groups texts of equal length, so that no batch needs padding.
 
     A batch leaves as soon as it holds ``max_tokens`` tokens, so the model starts before the last text is tokenised;
@@ -64,30 +75,35 @@ def equal_length_batches(
         places int64 [texts] in the input, and ids int64 [texts, tokens]. Texts without tokens come in no batch. A text
         longer than ``max_tokens`` has a batch of its own.
     """
-    rows: dict[int, list[list[int]]] = {}
-    places: dict[int, list[int]] = {}
-
-    def batch(length: int) -> tuple[np.ndarray, np.ndarray]:
-        return np.array(places.pop(length), dtype=np.int64), np.array(rows.pop(length), dtype=np.int64)
-
+    waiting: dict[int, _Rows] = {}
     for start, chunk in chunks:
-        for offset, ids in enumerate(chunk.ids):
-            length = len(ids)
-            if not length:
-                continue
-            group = rows.setdefault(length, [])
-            group.append(ids)
-            places.setdefault(length, []).append(start + offset)
-            if (len(group) + 1) * length > max_tokens:
-                yield batch(length)
-    for length in sorted(rows, key=lambda length: (-length * len(rows[length]), length)):
-        yield batch(length)
+        by_length = _by_length(np.arange(start, start + len(chunk)), chunk.flat, chunk.lengths)
+        found, counts = np.unique(by_length.lengths, return_counts=True)
+        ends = np.cumsum(counts)
+        token = 0
+        for length, count, end in zip(found.tolist(), counts.tolist(), ends.tolist(), strict=True):
+            places = by_length.places[end - count : end]
+            rows = by_length.ids[token : token + count * length].reshape(count, length)
+            token += count * length
+            if length in waiting:
+                before = waiting.pop(length)
+                places, rows = np.concatenate([before[0], places]), np.concatenate([before[1], rows])
+            full = max(1, max_tokens // length)
+            while len(rows) >= full:
+                yield places[:full], rows[:full]
+                places, rows = places[full:], rows[full:]
+            if len(rows):
+                waiting[length] = places, rows
+    for length in sorted(waiting, key=lambda length: (-waiting[length][1].size, length)):
+        yield waiting.pop(length)
 
 
 def packed_batches(
     chunks: Iterable[tuple[int, TokenizedTexts]], max_tokens: int, mixes_lengths: bool
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+) -> Iterator[PackedBatch]:
     """Packs texts end to end: batches of one length while the input lasts, then what is left, shortest first.
+
+    For a CPU, where a batch is small and attention over texts of one length is faster.
 
     Args:
         chunks: as ``tokenized_chunks`` yields them.
@@ -95,36 +111,59 @@ def packed_batches(
         mixes_lengths: whether what is left may stand together whatever its length.
 
     Yields:
-        places int64 [texts] in the input, ids int64 [T], positions int64 [T] (each text starts at 0), and the tokens of
-        each text int64 [texts]. Texts without tokens come in no batch.
+        batches, shortest text first. Texts without tokens come in none.
     """
-    left_places: list[np.ndarray] = []
-    left_rows: list[np.ndarray] = []
-    tokens = 0
-
-    def left() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        lengths = np.concatenate([np.full(len(rows), rows.shape[1]) for rows in left_rows])
-        positions = np.concatenate([np.tile(np.arange(rows.shape[1]), len(rows)) for rows in left_rows])
-        flat = np.concatenate([rows.reshape(-1) for rows in left_rows])
-        made = np.concatenate(left_places), flat, positions, lengths
-        left_places.clear()
-        left_rows.clear()
-        return made
-
-    small: list[tuple[np.ndarray, np.ndarray]] = []
+    small: list[_Rows] = []
     for places, rows in equal_length_batches(chunks, max_tokens):
         if mixes_lengths and 2 * rows.size <= max_tokens:
             small.append((places, rows))
-            continue
-        left_places.append(places)
-        left_rows.append(rows)
-        yield left()
+        else:
+            yield _end_to_end([(places, rows)])
+    left: list[_Rows] = []
+    tokens = 0
     for places, rows in sorted(small, key=lambda batch: batch[1].shape[1]):
-        if left_rows and tokens + rows.size > max_tokens:
-            yield left()
-            tokens = 0
-        left_places.append(places)
-        left_rows.append(rows)
+        if left and tokens + rows.size > max_tokens:
+            yield _end_to_end(left)
+            left, tokens = [], 0
+        left.append((places, rows))
         tokens += rows.size
-    if left_rows:
-        yield left()
+    if left:
+        yield _end_to_end(left)
+
+
+def full_batches(chunks: Iterable[tuple[int, TokenizedTexts]], max_tokens: int) -> Iterator[PackedBatch]:
+    """Packs texts end to end as they come, whatever their lengths, as many as there is room for.
+
+    For a GPU: a batch of one length would not be full before the last text is tokenised, and the GPU would wait.
+    Arguments and batches are those of ``packed_batches``.
+    """
+    places, lengths, flat = np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int32)
+    for start, chunk in chunks:
+        places = np.concatenate([places, np.arange(start, start + len(chunk))])
+        lengths, flat = np.concatenate([lengths, chunk.lengths]), np.concatenate([flat, chunk.flat])
+        while len(flat) > max_tokens:
+            ends = np.cumsum(lengths)
+            # The first text has a batch of its own if it alone is longer; those without tokens before it go with it.
+            count = max(int(np.searchsorted(ends, max_tokens, "right")), int(np.argmax(ends > 0)) + 1)
+            token = int(ends[count - 1])
+            yield _by_length(places[:count], flat[:token], lengths[:count])
+            places, flat, lengths = places[count:], flat[token:], lengths[count:]
+    if len(flat):
+        yield _by_length(places, flat, lengths)
+
+
+def _by_length(places: NDArray[np.int64], flat: NDArray[np.int32], lengths: NDArray[np.int64]) -> PackedBatch:
+    """The same texts, shortest first, without those that have no tokens; texts of one length stay in their order."""
+    order = np.argsort(lengths, kind="stable")
+    order = order[np.searchsorted(lengths[order], 1) :]
+    starts, sorted_lengths = np.cumsum(lengths) - lengths, lengths[order]
+    ids = flat[np.repeat(starts[order], sorted_lengths) + offsets_in_texts(sorted_lengths)]
+    return PackedBatch(places[order], ids.astype(np.int64), sorted_lengths)
+
+
+def _end_to_end(groups: Sequence[_Rows]) -> PackedBatch:
+    return PackedBatch(
+        np.concatenate([places for places, _ in groups]),
+        np.concatenate([rows.reshape(-1) for _, rows in groups]),
+        np.concatenate([np.full(len(rows), rows.shape[1]) for _, rows in groups]),
+    )

@@ -7,7 +7,6 @@ general way.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,10 +108,9 @@ class Bert:
         """Most tokens per text."""
         return len(self._positions)
 
-    def __call__(self, ids: Tensor, positions: Tensor, lengths: Sequence[int]) -> Tensor:
+    def __call__(self, ids: Tensor, texts: Texts) -> Tensor:
         """Token vectors [T, width]; see ``flipkd.models.backbone.Backbone``."""
-        texts = Texts(lengths, ids.device)
-        state = embedding(ids, self._words) + self._segment + embedding(positions, self._positions)
+        state = embedding(ids, self._words) + self._segment + embedding(texts.positions, self._positions)
         state, operand = add_norm(None, state, self._norm, keeps_sum=False, dtype=self._dtype)
         for block in self._blocks:
             mixed = attend(block.attention_input(operand), texts, self._heads, self._dtype)

@@ -116,7 +116,7 @@ class CrossEncoder:
             for start, chunk in tokenized_chunks(self._tokenizer, distinct):
                 stop = start + len(chunk.left_tokens)
                 truncated[start:stop] = chunk.tokens.truncated
-                tokens[start:stop] = [len(ids) for ids in chunk.tokens.ids]
+                tokens[start:stop] = chunk.tokens.lengths
                 left_tokens[start:stop] = chunk.left_tokens
                 yield start, chunk.tokens
 

@@ -5,7 +5,6 @@ As with BERT: transformers runs these too, slower. A folder that differs in anyt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -117,21 +116,20 @@ class Decoder:
         """The norm after the last block."""
         return self._norm
 
-    def __call__(self, ids: Tensor, positions: Tensor, lengths: Sequence[int]) -> Tensor:
+    def __call__(self, ids: Tensor, texts: Texts) -> Tensor:
         """Token vectors [T, width]; see ``flipkd.models.backbone.Backbone``."""
-        del positions  # attention turns queries and keys by itself
-        product, state = self._blocks_run(ids, lengths)
+        product, state = self._blocks_run(ids, texts)
         return add_norm(product, state, self._norm, keeps_sum=False, dtype=state.dtype)[0]
 
-    def before_last_norm(self, ids: Tensor, lengths: Sequence[int]) -> Tensor:
+    def before_last_norm(self, ids: Tensor, texts: Texts) -> Tensor:
         """Token states [T, width] that ``last_norm`` has still to be applied to."""
-        product, state = self._blocks_run(ids, lengths)
+        product, state = self._blocks_run(ids, texts)
         # The last block's multiplication is never int8, so its product is finished.
         return state if product is None else state + product.values
 
-    def _blocks_run(self, ids: Tensor, lengths: Sequence[int]) -> tuple[Product | None, Tensor]:
+    def _blocks_run(self, ids: Tensor, texts: Texts) -> tuple[Product | None, Tensor]:
         """The residual stream, and what the last block adds to it."""
-        heads, texts = self._heads, Texts(lengths, ids.device)
+        heads = self._heads
         if heads.cosine is None or texts.longest > len(heads.cosine):
             # Another thread may do the same at the same time: each has a table that reaches, and one of them stays.
             self._heads = heads = self._reaching(2 * texts.longest, heads)

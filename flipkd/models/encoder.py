@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flipkd.errors import ConfigError
-from flipkd.models.batches import packed_batches, tokenized_chunks
+from flipkd.models.batches import full_batches, packed_batches, tokenized_chunks
 from flipkd.models.device import GPU_STREAMS, MAX_TOKENS, TOKENIZER_THREADS, check_options, find_device
 from flipkd.models.folder import folder_fingerprint, read_folder
 from flipkd.models.parallel import finite_rows, loaded_at_first_use, not_finite, run_batches
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     import torch
 
     from flipkd.config import VectorDtype
-    from flipkd.models.fused_rows import RowModel
+    from flipkd.kernels.encoder_ops import Texts as TextPlaces
+    from flipkd.models.gpu_rows import RowModel
     from flipkd.models.parallel import Model
 
 
@@ -62,11 +63,10 @@ class Encoder:
 
     Args:
         tokenizer: texts to token ids.
-        model: packed texts on ``device`` (ids int64 [T], positions int64 [T], lengths int64 [texts]) to vectors float32
-            [texts, dim].
+        model: packed texts on ``device`` (ids int64 [T], and where each text lies) to vectors float32 [texts, dim].
         mixes_lengths: whether texts of different lengths may stand in one call of ``model``.
         exact_model: gives the same in float32; called only when ``model`` gives a number that is not finite.
-        row_model: gives finished rows of a dtype in one go (``flipkd.models.fused_rows``); None where it cannot.
+        row_model: gives finished rows of a dtype on the device (``flipkd.models.gpu_rows``); None on a CPU.
         dim: size of a vector.
         max_length: most tokens per text, special tokens included; None for no limit.
         dtype: "float32", "bf16" or "int8", what the transformer multiplies in; pooling and all after it are float32.
@@ -125,6 +125,9 @@ class Encoder:
             ConfigError: ``max_tokens`` is not positive.
             ModelError: the model gives numbers that are not finite, in float32 too; names the places of the texts.
         """
+        if normalize and self._row_model is not None:
+            made = self.encode_rows(texts, "float32", max_tokens=max_tokens)
+            return EncodedTexts(made.rows.values, made.truncated, made.tokens)
         found = self._encode(texts, max_tokens, self._model, self._exact_model, np.float32, finite_rows)
         if normalize:
             vectors = found.vectors
@@ -138,23 +141,14 @@ class Encoder:
             encoded = self.encode_texts(texts, max_tokens=max_tokens)
             return TextRows(quantise(encoded.vectors, dtype), encoded.truncated, encoded.tokens)
 
-        def model(ids: torch.Tensor, positions: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-            return row_model(ids, positions, lengths, dtype)
+        from flipkd.models.gpu_rows import are_finite, finished_rows
 
-        def are_finite(rows: np.ndarray) -> np.ndarray:
-            made: np.ndarray = np.count_nonzero(rows, axis=1) > 0
-            return made
+        def model(ids: torch.Tensor, places: TextPlaces) -> torch.Tensor:
+            return row_model(ids, places, dtype)
 
-        def exact(*tensors: torch.Tensor) -> torch.Tensor:
-            import torch
+        def exact(ids: torch.Tensor, places: TextPlaces) -> torch.Tensor:
+            return finished_rows((self._exact_model or self._model)(ids, places), dtype)
 
-            vectors = (self._exact_model or self._model)(*tensors).cpu().numpy()
-            finite = finite_rows(vectors)
-            vectors[~finite] = 0
-            vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-            return torch.from_numpy(quantise(vectors, dtype).values)
-
-        # A row that is not finite is zero, and no other is.
         found = self._encode(texts, max_tokens, model, exact, STORAGE[dtype], are_finite)
         return TextRows(VectorRows(found.vectors, dtype), found.truncated, found.tokens)
 
@@ -181,13 +175,23 @@ class Encoder:
 
         def noted() -> Iterator[tuple[int, TokenizedTexts]]:
             for start, chunk in tokenized_chunks(self._tokenizer, distinct, TOKENIZER_THREADS[self.device.type]):
-                truncated[start : start + len(chunk.ids)] = chunk.truncated
-                tokens[start : start + len(chunk.ids)] = [len(ids) for ids in chunk.ids]
+                truncated[start : start + len(chunk)] = chunk.truncated
+                tokens[start : start + len(chunk)] = chunk.lengths
                 yield start, chunk
 
+        def batches() -> Iterator[tuple[Any, ...]]:
+            from flipkd.kernels.encoder_ops import Texts as TextPlaces
+
+            made = (
+                full_batches(noted(), max_tokens)
+                if self.device.type == "cuda" and self._mixes_lengths
+                else packed_batches(noted(), max_tokens, self._mixes_lengths)
+            )
+            for places, ids, lengths in made:
+                yield places, ids, TextPlaces(lengths, self.device)
+
         done = 0
-        batches = packed_batches(noted(), max_tokens, self._mixes_lengths)
-        running = run_batches(batches, model, exact_model, self.device, self.threads, are_finite)
+        running = run_batches(batches(), model, exact_model, self.device, self.threads, are_finite)
         with closing(running) as results:
             for places, found, finite in results:
                 if not finite.all():
@@ -230,9 +234,8 @@ def load_encoder(
 
     import torch
 
-    from flipkd.kernels.packed_attention import runs
     from flipkd.models.backbone import Backbone, load_backbone
-    from flipkd.models.fused_rows import load_fused_rows
+    from flipkd.models.gpu_rows import load_row_model
     from flipkd.models.pooling import load_head, pool_packed
 
     place = find_device(device)
@@ -245,24 +248,25 @@ def load_encoder(
     skip = tokenizer.prompt_tokens if settings.prompt and not settings.pools_prompt else 0
 
     def through(backbone: Backbone) -> Model:
-        def model(ids: torch.Tensor, positions: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-            counts = lengths.tolist()
-            vectors = pool_packed(backbone.states(ids, positions, counts), runs(counts), settings.pooling_modes, skip)
+        def model(ids: torch.Tensor, texts: TextPlaces) -> torch.Tensor:
+            vectors = pool_packed(backbone.states(ids, texts), texts, settings.pooling_modes, skip)
             for step in head:
                 vectors = step(vectors)
             return vectors[:, : settings.truncate_dim]
 
         return model
 
+    model = through(backbone)
+
     def exact() -> Model:
         return through(load_backbone(settings, torch.float32, place, trust_remote_code))
 
     return Encoder(
         tokenizer=tokenizer,
-        model=through(backbone),
+        model=model,
         mixes_lengths=backbone.mixes_lengths,
         exact_model=loaded_at_first_use(exact) if dtype != "float32" else None,
-        row_model=load_fused_rows(settings, backbone, place) if place.type == "cuda" else None,
+        row_model=load_row_model(settings, backbone, model, place) if place.type == "cuda" else None,
         dim=output_width(settings, backbone.width),
         max_length=limit,
         dtype=dtype,

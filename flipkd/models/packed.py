@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from flipkd.kernels.encoder_ops import Texts
 from flipkd.kernels.packed_attention import packed_attention, runs, takes_flash
 from flipkd.models.options import POOLING_MODES
 from flipkd.models.pooling import pool_packed
@@ -36,16 +37,14 @@ class PackedTexts:
 
     Args:
         ids: int64 [1, T], shortest text first.
-        positions: int64 [1, T]; each text starts at 0.
         groups: (texts, tokens of each) per length, in the order of ``ids``; texts without tokens are in none.
-        starts: int32 [texts with tokens + 1]; where each of them starts, and T.
+        texts: where those with tokens lie.
         order: int64 [N]; place in the input of each text in the order of ``ids``, texts without tokens first.
     """
 
     ids: Tensor
-    positions: Tensor
     groups: Groups
-    starts: Tensor
+    texts: Texts
     order: Tensor
 
     @property
@@ -53,10 +52,10 @@ class PackedTexts:
         """What a decoder's ``forward`` is called with."""
         return {
             "input_ids": self.ids,
-            "position_ids": self.positions,
+            "position_ids": self.texts.positions[None],
             "use_cache": False,
             "groups": self.groups,
-            "starts": self.starts,
+            "starts": self.texts.starts,
         }
 
 
@@ -66,13 +65,11 @@ def pack(ids: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> Pa
     lengths = [len(ids[place]) for place in order]
     groups = runs(lengths)
     row = [number for place in order for number in ids[place]]
-    starts = np.cumsum([0, *(length for length in lengths if length)], dtype=np.int32)
-    positions = [torch.arange(length).repeat(count) for count, length in groups]
+    texts = Texts(np.array([length for length in lengths if length], np.int64), torch.device(device))
     return PackedTexts(
         torch.tensor([row], dtype=torch.int64, device=device),
-        (torch.cat(positions) if positions else torch.empty(0, dtype=torch.int64))[None].to(device),
         groups,
-        torch.from_numpy(starts).to(device),
+        texts,
         torch.tensor(order, dtype=torch.int64, device=device),
     )
 
@@ -87,25 +84,9 @@ def pool_texts(states: Tensor, packed: PackedTexts, pooling: str) -> Tensor:
     """
     without = len(packed.order) - sum(count for count, _ in packed.groups)
     pooled = [states.new_zeros(without, states.shape[-1]).float()]
-    if packed.groups and states.device.type == "cuda":
-        pooled.append(pool_by_place(states[0], packed.starts, pooling))
-    elif packed.groups:
-        pooled.append(pool_packed(states[0], packed.groups, (POOLING_MODES[pooling],)))
+    if packed.groups:
+        pooled.append(pool_packed(states[0], packed.texts, (POOLING_MODES[pooling],)))
     return torch.cat(pooled)[packed.order.argsort()]
-
-
-def pool_by_place(states: Tensor, starts: Tensor, pooling: str) -> Tensor:
-    """The same in a few launches, however many lengths there are; the order of a sum may change its last bits."""
-    if pooling == "last":
-        return states[starts[1:].long() - 1].float()
-    lengths = starts.diff().long()
-    text_of = torch.repeat_interleave(lengths, output_size=len(states))
-    values, divisors = states.float(), lengths
-    if pooling == "weighted":
-        weights = torch.arange(1, len(states) + 1, device=states.device) - starts[:-1].long()[text_of]
-        values, divisors = values * weights[:, None], lengths * (lengths + 1) // 2
-    sums = values.new_zeros(len(lengths), states.shape[-1]).index_add(0, text_of, values)
-    return sums / divisors[:, None]
 
 
 def attention_for_transformers(

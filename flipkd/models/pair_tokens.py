@@ -98,7 +98,7 @@ class PairTokenizer:
             ids.append(self._template.ids(left, right))
             truncated.append(cut)
             left_tokens.append(len(left))
-        return TokenizedPairs(TokenizedTexts(ids, truncated), left_tokens)
+        return TokenizedPairs(TokenizedTexts.of_lists(ids, truncated), left_tokens)
 
     def type_ids(self, left_tokens: Sequence[int], length: int) -> np.ndarray:
         """Token type ids int64 [pairs, length] of pairs of ``length`` tokens."""

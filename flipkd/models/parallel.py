@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from flipkd.models.allocator import keep_freed_memory
 if TYPE_CHECKING:
     import torch
 
-    # Tensors of one batch (token ids, and whatever else the model takes) to numbers [rows, width].
+    # Arguments of one batch (token ids, and whatever else the model takes) to numbers [rows, width].
     Model = Callable[..., torch.Tensor]
 
 
@@ -32,7 +32,7 @@ def finite_rows(found: np.ndarray) -> np.ndarray:
 
 
 def run_batches(
-    batches: Iterable[tuple[np.ndarray, ...]],
+    batches: Iterable[tuple[Any, ...]],
     model: Model,
     exact_model: Model | None,
     device: torch.device,
@@ -47,7 +47,7 @@ def run_batches(
 
     Args:
         batches: the places int64 [rows] of a batch's rows in the caller's input, then the model's arguments.
-        model: the arguments, on ``device``, to numbers [rows, width].
+        model: the arguments, arrays among them as tensors on ``device``, to numbers [rows, width].
         exact_model: gives the same in float32 arithmetic; called for a batch only where ``model`` gives a row that is
             not finite.
         device: where the model runs.
@@ -80,7 +80,7 @@ def run_batches(
 
 
 def _run(
-    arguments: list[np.ndarray],
+    arguments: list[Any],
     model: Model,
     exact_model: Model | None,
     device: torch.device,
@@ -90,18 +90,20 @@ def _run(
     import torch
 
     with torch.inference_mode(), _own_stream(device):
-        tensors = [_sent(argument, device) for argument in arguments]
-        found: np.ndarray = model(*tensors).cpu().numpy()
+        sent = [_sent(argument, device) for argument in arguments]
+        found: np.ndarray = model(*sent).cpu().numpy()
         finite = are_finite(found)
         if not finite.all() and exact_model is not None:
-            found = exact_model(*tensors).cpu().numpy()
+            found = exact_model(*sent).cpu().numpy()
             finite = are_finite(found)
         return found, finite
 
 
-def _sent(argument: np.ndarray, device: torch.device) -> torch.Tensor:
+def _sent(argument: Any, device: torch.device) -> Any:
     import torch
 
+    if not isinstance(argument, np.ndarray):
+        return argument
     tensor = torch.from_numpy(argument)
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
@@ -135,15 +137,15 @@ def loaded_at_first_use(load: Callable[[], Model]) -> Model:
     loaded: list[Model] = []
     loading = Lock()
 
-    def model(*tensors: torch.Tensor) -> torch.Tensor:
+    def model(*arguments: Any) -> torch.Tensor:
         with loading:
             if not loaded:
                 loaded.append(load())
-                if tensors[0].is_cuda:
+                if arguments[0].is_cuda:
                     import torch
 
                     torch.cuda.synchronize()  # another thread's stream may use it next
-        return loaded[0](*tensors)
+        return loaded[0](*arguments)
 
     return model
 

@@ -5,32 +5,71 @@ Texts are packed end to end without padding, so none of this needs a mask.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from flipkd.errors import ModelError
+from flipkd.kernels.encoder_ops import Texts
+from flipkd.kernels.packed_attention import runs
 from flipkd.models.folder import ModelFolder
 from flipkd.models.settings import DenseSettings, NormalizeSettings
 
 Head = Callable[[Tensor], Tensor]
 
 
-def pool_packed(states: Tensor, groups: Sequence[tuple[int, int]], modes: tuple[str, ...], skip: int = 0) -> Tensor:
-    """``pool`` for texts packed end to end.
+def pool_packed(states: Tensor, texts: Texts, modes: tuple[str, ...], skip: int = 0) -> Tensor:
+    """``pool`` for texts packed end to end, each with at least one token (``skip`` not counted); differentiable.
 
     Args:
         states: token vectors, [T, width].
-        groups: (texts, tokens of each), at least one, in the order of the states (``runs``).
+        texts: where they lie.
         modes, skip: see ``pool``.
 
     Returns:
         float32 [texts, width * len(modes)].
     """
+    if states.is_cuda:
+        return torch.cat([pool_segments(states, texts, mode, skip) for mode in modes], dim=1)
+    groups = runs(texts.lengths.tolist())
     parts = torch.split(states, [count * length for count, length in groups])
     return torch.cat([pool(part.view(*group, -1), modes, skip) for group, part in zip(groups, parts, strict=True)])
+
+
+def pool_segments(states: Tensor, texts: Texts, mode: str, skip: int = 0) -> Tensor:
+    """The same in a few launches, however many lengths there are: for a GPU, where ``pool`` takes a few for each.
+
+    Each text is summed by itself in a fixed order, so a sum depends on nothing but the text.
+    """
+    starts = texts.starts.long()
+    first, end = starts[:-1] + skip, starts[1:]
+    if mode == "cls":
+        return states[first].float()
+    if mode == "lasttoken":
+        return states[end - 1].float()
+    values, counts = states.float(), (end - first).float()
+    if mode == "weightedmean":
+        weights = texts.positions.float() + 1
+        counts = counts * (counts + 1 + 2 * skip) / 2
+        values = values * weights[:, None]
+    elif mode == "mean_sqrt_len_tokens":
+        counts = counts.sqrt()
+    elif mode not in ("mean", "max"):
+        raise _unknown(mode)
+    nothing = -torch.inf if mode == "max" else 0.0
+    if skip:
+        values = values.masked_fill((texts.positions < skip)[:, None], nothing)
+    # the lengths are right, and a check of them would wait for the GPU
+    reduced = torch.segment_reduce(
+        values, "max" if mode == "max" else "sum", lengths=starts.diff(), unsafe=True, initial=nothing
+    )
+    return reduced if mode == "max" else reduced / counts[:, None]
+
+
+def _unknown(mode: str) -> ModelError:
+    return ModelError(f"pooling mode {mode!r} is not supported")
 
 
 def pool(states: Tensor, modes: tuple[str, ...], skip: int = 0) -> Tensor:
@@ -62,7 +101,7 @@ def pool(states: Tensor, modes: tuple[str, ...], skip: int = 0) -> Tensor:
             weights = torch.arange(1 + skip, 1 + skip + length, dtype=torch.float32, device=states.device)
             part = (states.float() * weights[:, None]).sum(dim=1) / weights.sum()
         else:
-            raise ModelError(f"pooling mode {mode!r} is not supported")
+            raise _unknown(mode)
         parts.append(part)
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tokenizers.normalizers import Lowercase
 from tokenizers.normalizers import Sequence as NormalizerSequence
@@ -37,10 +38,35 @@ os.register_at_fork(after_in_child=_use_one_thread)
 
 @dataclass(frozen=True)
 class TokenizedTexts:
-    """Token ids of some texts, and which of them were cut to the maximum length."""
+    """Token ids of N texts, and which of them were cut to the maximum length.
 
-    ids: list[list[int]]
-    truncated: list[bool]
+    One array, not a list per text: a GPU is soon done with a text, and whatever Python does for each one holds it up.
+
+    Args:
+        flat: int32 [T], the ids of all texts end to end.
+        lengths: int64 [N], tokens of each text.
+        truncated: bool [N].
+    """
+
+    flat: NDArray[np.int32]
+    lengths: NDArray[np.int64]
+    truncated: NDArray[np.bool_]
+
+    @classmethod
+    def of_lists(cls, ids: Sequence[Sequence[int]], truncated: Sequence[bool] | None = None) -> TokenizedTexts:
+        """The same of a list of ids per text; without ``truncated`` none was cut."""
+        cut = np.zeros(len(ids), np.bool_) if truncated is None else np.array(truncated, np.bool_)
+        return cls(*_end_to_end(ids), cut)
+
+    @property
+    def ids(self) -> list[list[int]]:
+        """A list of ids per text."""
+        ends = np.cumsum(self.lengths).tolist()
+        flat = self.flat.tolist()
+        return [flat[end - length : end] for end, length in zip(ends, self.lengths.tolist(), strict=True)]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
 
 
 @dataclass(frozen=True)
@@ -92,8 +118,8 @@ class TextTokenizer:
         self._contents = {
             number: token.content for number, token in added.items() if token.special and number != unknown
         }
-        self._special = np.array(sorted(self._contents), dtype=np.int64)
-        self._own_specials = self._count_special([self._frame_ids(PROBES[0])])[0]
+        self._special = np.array(sorted(self._contents), dtype=np.int32)
+        self._own_specials = self._count_special(*_end_to_end([self._frame_ids(PROBES[0])]))[0]
         self._suffix = self._closing() if restores_suffix else []
 
     @property
@@ -109,27 +135,58 @@ class TextTokenizer:
         else:
             encodings = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
         bodies: list[list[int]] = [encoding.ids for encoding in encodings]
-        for place in np.flatnonzero(self._count_special(bodies) != self._own_specials).tolist():
-            bodies[place] = self._without_smuggled(texts[place])
-        room, suffix = self._room, self._suffix
-        truncated = [False] * len(bodies)
-        for place, body in enumerate(bodies):
-            if room is not None and len(body) > room:
-                truncated[place] = True
-                body = body[-room:] if self._cuts_left else body[:room]
-                if suffix:
-                    kept = min(len(suffix), len(body))
-                    body[-kept:] = suffix[-kept:]
-            bodies[place] = self.head + body + self.tail
-        return TokenizedTexts(bodies, truncated)
+        flat, lengths = _end_to_end(bodies)
+        smuggling = np.flatnonzero(self._count_special(flat, lengths) != self._own_specials).tolist()
+        if smuggling:
+            for place in smuggling:
+                bodies[place] = self._without_smuggled(texts[place])
+            flat, lengths = _end_to_end(bodies)
+        flat, lengths, truncated = self._cut(flat, lengths)
+        return TokenizedTexts(*self._between_specials(flat, lengths), truncated)
 
-    def _count_special(self, bodies: list[list[int]]) -> np.ndarray:
+    def _cut(
+        self, flat: NDArray[np.int32], lengths: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.bool_]]:
+        """Bodies of at most the length that there is room for, their lengths, and which were longer."""
+        if self._room is None or not (truncated := lengths > self._room).any():
+            return flat, lengths, np.zeros(len(lengths), np.bool_)
+        kept = np.minimum(lengths, self._room)
+        offsets = offsets_in_texts(lengths)
+        first = np.repeat(lengths - kept if self._cuts_left else np.zeros_like(kept), lengths)
+        flat = flat[(offsets >= first) & (offsets < first + np.repeat(kept, lengths))]
+        if self._suffix:
+            ends = np.cumsum(kept)
+            for place in np.flatnonzero(truncated).tolist():
+                count = min(len(self._suffix), int(kept[place]))
+                flat[ends[place] - count : ends[place]] = self._suffix[-count:]
+        return flat, kept, truncated
+
+    def _between_specials(
+        self, flat: NDArray[np.int32], lengths: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Each body between the template's head and tail."""
+        head, tail = self.head, self.tail
+        if not head and not tail:
+            return flat, lengths
+        whole = lengths + len(head) + len(tail)
+        ends = np.cumsum(whole)
+        made = np.empty(int(whole.sum()), np.int32)
+        added = np.arange(len(lengths)) * (len(head) + len(tail)) + len(head)
+        made[np.arange(len(flat)) + np.repeat(added, lengths)] = flat
+        for offset, number in enumerate(head):
+            made[ends - whole + offset] = number
+        for offset, number in enumerate(reversed(tail)):
+            made[ends - 1 - offset] = number
+        return made, whole
+
+    def _count_special(self, flat: NDArray[np.int32], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
         """Special tokens in each body, int64 [texts]."""
-        lengths = np.fromiter(map(len, bodies), dtype=np.int64, count=len(bodies))
-        flat = np.fromiter(chain.from_iterable(bodies), dtype=np.int64, count=int(lengths.sum()))
-        total = np.concatenate(([0], np.cumsum(np.isin(flat, self._special))))
+        found = np.isin(flat, self._special)
+        if not found.any():
+            return np.zeros(len(lengths), np.int64)
+        total = np.concatenate(([0], np.cumsum(found)))
         ends = np.cumsum(lengths)
-        counts: np.ndarray = total[ends] - total[ends - lengths]
+        counts: NDArray[np.int64] = total[ends] - total[ends - lengths]
         return counts
 
     def _frame_ids(self, text: str) -> list[int]:
@@ -161,6 +218,19 @@ class TextTokenizer:
         while count < min(len(first), len(second)) and first[-1 - count] == second[-1 - count]:
             count += 1
         return first[len(first) - count :] if 0 < count < min(len(first), len(second)) else []
+
+
+def offsets_in_texts(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The place of each token in its text, int64 [T], of texts that stand end to end."""
+    starts = np.cumsum(lengths) - lengths
+    offsets: NDArray[np.int64] = np.arange(int(lengths.sum())) - np.repeat(starts, lengths)
+    return offsets
+
+
+def _end_to_end(ids: Sequence[Sequence[int]]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """All ids, int32 [T], and how many each text has, int64 [N]."""
+    lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+    return np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum())), lengths
 
 
 def plain_copy(backend: Tokenizer, lower_case: bool) -> Tokenizer:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -90,8 +91,8 @@ def test_attend(
         angles = torch.arange(20.0)[:, None] * torch.rand(half, generator=torch.Generator().manual_seed(half))
         heads = replace(heads, cosine=angles.cos(), sine=angles.sin())
     values = numbers(sum(lengths), (heads.heads + 2 * key_heads) * heads.width, dtype, len(lengths))
-    wanted = reference.attend(Product(values.clone()), Texts(lengths, CPU), heads, dtype)
-    close(gpu.attend(Product(values), Texts(lengths, CPU), heads).values, wanted.values)
+    wanted = reference.attend(Product(values.clone()), Texts(np.array(lengths), CPU), heads, dtype)
+    close(gpu.attend(Product(values), Texts(np.array(lengths), CPU), heads).values, wanted.values)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

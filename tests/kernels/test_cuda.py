@@ -236,7 +236,7 @@ def test_encoder_ops_are_the_reference(width: int) -> None:
     if llama:
         angles = torch.arange(200.0, device=CUDA)[:, None] * torch.rand(32, generator=generator, device=CUDA)
         heads = replace(heads, cosine=angles.cos(), sine=angles.sin())
-    values, texts = Product(product((heads.heads + 2 * heads.key_heads) * heads.width)), Texts(LENGTHS, CUDA)
+    values, texts = Product(product((heads.heads + 2 * heads.key_heads) * heads.width)), Texts(np.array(LENGTHS), CUDA)
     truth = encoder_reference.attend(in_float32(values), texts, heads, torch.float32)
     rough = encoder_reference.attend(Product(values.values.clone()), texts, heads, kind)
     close(encoder_ops.attend(values, texts, heads, kind).values, rough.values, truth.values)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -30,7 +31,7 @@ def product(rows: int, columns: int, dtype: torch.dtype, seed: int) -> Product:
 
 
 def on_cpu(*lengths: int) -> Texts:
-    return Texts(lengths, torch.device("cpu"))
+    return Texts(np.array(lengths), torch.device("cpu"))
 
 
 def exact(made: Product) -> Product:

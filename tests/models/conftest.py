@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
@@ -25,6 +26,7 @@ from transformers import (
     RobertaModel,
 )
 
+from flipkd.kernels.encoder_ops import Texts
 from tests.small_models import make_base
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", "</s>", "<pad>"]
@@ -96,7 +98,7 @@ def packed(model: Callable[..., torch.Tensor], ids: torch.Tensor) -> torch.Tenso
     """Runs a tower of ours, which takes texts packed end to end, over ids [texts, tokens]; [texts, tokens, width]."""
     texts, tokens = ids.shape
     with torch.inference_mode():
-        states = model(ids.reshape(-1), torch.arange(tokens).repeat(texts), [tokens] * texts)
+        states = model(ids.reshape(-1), Texts(np.full(texts, tokens), ids.device))
     return states.view(texts, tokens, -1)
 
 

@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModel
 
+from flipkd.kernels.encoder_ops import Texts
 from flipkd.models.decoder import load_decoder
 
 from .conftest import packed, random_model
@@ -46,10 +48,9 @@ def test_low_precision_is_close_and_mixing_lengths_changes_nothing(
     assert exact is not None
     assert decoder is not None
     ids = torch.randint(0, 600, (40,), generator=torch.Generator().manual_seed(1))
-    positions = torch.cat([torch.arange(length) for length in (3, 7, 30)])
     with torch.inference_mode():
-        wanted, found = (model(ids, positions, [3, 7, 30]).float() for model in (exact, decoder))
-        alone = decoder(ids[3:10], positions[3:10], [7]).float()
+        wanted, found = (model(ids, Texts(np.array([3, 7, 30]), CPU)).float() for model in (exact, decoder))
+        alone = decoder(ids[3:10], Texts(np.array([7]), CPU)).float()
     assert torch.nn.functional.cosine_similarity(wanted, found).mean() > least
     torch.testing.assert_close(alone, found[3:10], atol=0.05, rtol=0.05)
 

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from flipkd.errors import ModelError
+from flipkd.kernels.encoder_ops import Texts
 from flipkd.models.encoder import Encoder, load_encoder
 from flipkd.models.tokens import TextTokenizer
 
@@ -211,15 +212,15 @@ def test_a_batch_that_is_not_finite_is_computed_again_in_float32(small_vocabular
     """transformers#31035, transformers#45491."""
     calls: list[tuple[int, ...]] = []
 
-    def overflows(ids: torch.Tensor, positions: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        vectors = torch.ones(len(lengths), 3)
-        if lengths[0] > 1:
+    def overflows(ids: torch.Tensor, texts: Texts) -> torch.Tensor:
+        vectors = torch.ones(len(texts.lengths), 3)
+        if texts.lengths[0] > 1:
             vectors[-1, 0] = float("nan")
         return vectors
 
-    def exact(ids: torch.Tensor, positions: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        calls.append(tuple(lengths.tolist()))
-        return torch.full((len(lengths), 3), 2.0)
+    def exact(ids: torch.Tensor, texts: Texts) -> torch.Tensor:
+        calls.append(tuple(texts.lengths.tolist()))
+        return torch.full((len(texts.lengths), 3), 2.0)
 
     vectors = (
         _encoder_of(small_vocabulary, overflows, exact).encode_texts(["a", "a fever", "b"], normalize=False).vectors
@@ -231,8 +232,8 @@ def test_a_batch_that_is_not_finite_is_computed_again_in_float32(small_vocabular
 def test_numbers_that_stay_not_finite_are_an_error_with_places_and_no_text(small_vocabulary: Tokenizer) -> None:
     """Never a NaN as a vector: transformers#31035, transformers#45491."""
 
-    def broken(ids: torch.Tensor, positions: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        return torch.full((len(lengths), 3), float("inf" if lengths[0] > 1 else "0"))
+    def broken(ids: torch.Tensor, texts: Texts) -> torch.Tensor:
+        return torch.full((len(texts.lengths), 3), float("inf" if texts.lengths[0] > 1 else "0"))
 
     encoder = _encoder_of(small_vocabulary, broken, broken)
     with pytest.raises(ModelError, match=r"for 2 of the texts \(places 1, 3\)") as caught:

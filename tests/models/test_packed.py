@@ -5,14 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn.functional import linear, normalize
 
 from flipkd.errors import ConfigError
+from flipkd.kernels.encoder_ops import Texts
 from flipkd.models.adapter import FAMILIES, new_student, save_student
-from flipkd.models.options import StudentOptions
-from flipkd.models.packed import attention_for_transformers, pack, pool_by_place, pool_texts
+from flipkd.models.options import POOLING_MODES, StudentOptions
+from flipkd.models.packed import attention_for_transformers, pack, pool_texts
+from flipkd.models.pooling import pool_packed, pool_segments
 from flipkd.models.student import Student
 from tests.small_models import make_base
 
@@ -109,7 +114,7 @@ def test_blocks_above_are_neither_loaded_nor_run(base_dir: Path) -> None:
 def test_pack_orders_by_length_and_restarts_positions() -> None:
     packed = pack([[1, 2, 3], [], [4], [5, 6, 7], [8]])
     assert packed.ids.tolist() == [[4, 8, 1, 2, 3, 5, 6, 7]]
-    assert packed.positions.tolist() == [[0, 0, 0, 1, 2, 0, 1, 2]]
+    assert packed.texts.positions.tolist() == [0, 0, 0, 1, 2, 0, 1, 2]
     assert packed.groups == ((2, 1), (2, 3))
     assert packed.order.tolist() == [1, 2, 4, 0, 3]
 
@@ -153,13 +158,13 @@ def test_short_and_long_texts_together_in_bf16_are_finite(family: str, tmp_path:
 
 
 @pytest.mark.parametrize("pooling", ["mean", "last", "weighted"])
-def test_pooling_by_place_is_pooling_by_length(pooling: str) -> None:
+def test_pooling_in_one_go_is_pooling_by_length(pooling: str) -> None:
     """What a GPU does in a few launches; run on the CPU here, forwards and backwards."""
     generator = torch.Generator().manual_seed(0)
     packed = pack([[1] * length for length in (5, 2, 9, 2, 0, 1)])
     states = torch.randn(1, 19, 8, generator=generator, requires_grad=True)
     expected = pool_texts(states, packed, pooling)[packed.order[1:]]
-    found = pool_by_place(states[0], packed.starts, pooling)
+    found = pool_segments(states[0], packed.texts, POOLING_MODES[pooling])
     torch.testing.assert_close(found, expected)
     weights = torch.randn(5, 8, generator=generator)
     for rows in (expected, found):
@@ -186,7 +191,13 @@ def test_the_way_of_a_gpu_is_the_way_of_a_cpu(heads: tuple[int, int], monkeypatc
         for row in rows:
             row.grad = None
         mixed, _ = attention_for_transformers(
-            torch.nn.Identity(), *rows, None, groups=packed.groups, starts=packed.starts, scaling=0.3, sliding_window=7
+            torch.nn.Identity(),
+            *rows,
+            None,
+            groups=packed.groups,
+            starts=packed.texts.starts,
+            scaling=0.3,
+            sliding_window=7,
         )
         torch.autograd.backward((mixed * weights).sum())
         found.append([mixed.detach(), *(row.grad for row in rows)])
@@ -199,3 +210,15 @@ def test_full_attention_is_refused_where_there_are_windows(family: str, tmp_path
     base = make_base(tmp_path / "base", minilm_dir, 0, CLASSES[family], sliding_window=7)
     with pytest.raises(ConfigError, match=r"--attention full: .* windows"):
         new_student(StudentOptions(str(base), layer=2, dimension=8, rank=4, attention="full"))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=8),
+    skip=st.integers(0, 3),
+    mode=st.sampled_from(["cls", "lasttoken", "max", "mean", "mean_sqrt_len_tokens", "weightedmean"]),
+)
+def test_every_pooling_in_one_go(lengths: list[int], skip: int, mode: str) -> None:
+    texts = Texts(np.array(lengths) + skip, torch.device("cpu"))
+    states = torch.randn(texts.tokens, 5, generator=torch.Generator().manual_seed(len(lengths)))
+    torch.testing.assert_close(pool_segments(states, texts, mode, skip), pool_packed(states, texts, (mode,), skip))

@@ -9,6 +9,8 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from flipkd.errors import ModelError
@@ -47,14 +49,15 @@ def test_truncation_keeps_the_template(small_vocabulary: Tokenizer) -> None:
     left = TextTokenizer(backend, max_length=6, cuts_left=True).tokenize(["one two three four five six seven"])
     assert right.ids[0] == [*whole[:5], whole[-1]]
     assert left.ids[0] == [whole[0], *whole[-5:]]
-    assert right.truncated == [True, False]
+    assert right.truncated.tolist() == [True, False]
 
 
 def test_exact_length_is_not_truncated(small_vocabulary: Tokenizer) -> None:
     backend = wrapped(small_vocabulary, begins=True, ends=True).backend_tokenizer
     length = len(backend.encode("fever of unknown origin").ids)
-    assert TextTokenizer(backend, max_length=length).tokenize(["fever of unknown origin"]).truncated == [False]
-    assert TextTokenizer(backend, max_length=length - 1).tokenize(["fever of unknown origin"]).truncated == [True]
+    for room, is_cut in ((length, False), (length - 1, True)):
+        tokenizer = TextTokenizer(backend, max_length=room)
+        assert tokenizer.tokenize(["fever of unknown origin"]).truncated.tolist() == [is_cut]
 
 
 def test_no_room_for_text(small_vocabulary: Tokenizer) -> None:
@@ -101,3 +104,23 @@ def test_forked_children_tokenise_and_encode(minilm_dir: Path, parallel: str | N
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == "done"
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    texts=st.lists(st.lists(st.sampled_from(["fever", "of", "unknown", "origin", "12"]), max_size=9).map(" ".join)),
+    max_length=st.integers(3, 12),
+    begins=st.booleans(),
+    ends=st.booleans(),
+    cuts_left=st.booleans(),
+)
+def test_ids_are_those_of_the_tokenizer_that_cuts_by_itself(
+    small_vocabulary: Tokenizer, texts: list[str], max_length: int, begins: bool, ends: bool, cuts_left: bool
+) -> None:
+    backend = wrapped(small_vocabulary, begins=begins, ends=ends).backend_tokenizer
+    whole = [len(encoding.ids) for encoding in backend.encode_batch(texts)]
+    found = TextTokenizer(backend, max_length=max_length, cuts_left=cuts_left).tokenize(texts)
+    backend.enable_truncation(max_length, direction="left" if cuts_left else "right")
+    assert found.ids == [encoding.ids for encoding in backend.encode_batch(texts)]
+    assert found.truncated.tolist() == [length > max_length for length in whole]
+    assert found.lengths.tolist() == [min(length, max_length) for length in whole]

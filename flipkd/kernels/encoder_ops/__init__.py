@@ -133,7 +133,7 @@ def attend(product: Product, texts: Texts, heads: Heads, dtype: torch.dtype) -> 
     if library is None or not plain or not _fits(product.values, heads.width):
         return reference.attend(product, texts, heads, dtype)
     made = _empty(len(product.values), columns, dtype)
-    counted = np.asarray(texts.lengths, np.int64)
+    counted = np.ascontiguousarray(texts.lengths, np.int64)
     library.flipkd_attend(
         ctypes.byref(_given(product)),
         counted.ctypes.data,

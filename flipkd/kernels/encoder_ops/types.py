@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
@@ -78,29 +79,36 @@ class Texts:
     """Where the texts of a packed batch lie. Made once a batch, so that its layers need not tell the GPU again.
 
     Args:
-        lengths: tokens of each text.
+        lengths: int64 [texts], tokens of each.
         device: where ``starts`` and ``positions`` are.
     """
 
-    lengths: Sequence[int]
+    lengths: NDArray[np.int64]
     device: torch.device
+
+    @cached_property
+    def tokens(self) -> int:
+        """T: tokens of all texts."""
+        return int(self.lengths.sum())
 
     @cached_property
     def longest(self) -> int:
         """Tokens of the longest text."""
-        return max(self.lengths, default=0)
+        return int(self.lengths.max(initial=0))
 
     @cached_property
     def starts(self) -> Tensor:
         """int32 [texts + 1]: text i is tokens starts[i] to starts[i + 1]."""
-        counts = torch.tensor([0, *self.lengths], dtype=torch.int64)
-        starts = counts.cumsum(0).int()
+        starts = torch.from_numpy(np.cumsum(np.concatenate(([0], self.lengths)), dtype=np.int32))
         # from pinned memory, or the host would wait for all that the stream has to do
         return starts if self.device.type == "cpu" else starts.pin_memory().to(self.device, non_blocking=True)
 
     @cached_property
+    def text_of(self) -> Tensor:
+        """int64 [T]: the text of each token."""
+        return torch.repeat_interleave(self.starts.diff(), output_size=self.tokens)
+
+    @cached_property
     def positions(self) -> Tensor:
         """int64 [T]: each text starts at 0."""
-        starts, tokens = self.starts, sum(self.lengths)
-        first = starts[:-1].repeat_interleave(starts.diff(), output_size=tokens)
-        return torch.arange(tokens, device=self.device) - first
+        return torch.arange(self.tokens, device=self.device) - self.starts[self.text_of]

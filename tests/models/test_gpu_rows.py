@@ -12,13 +12,14 @@ from sentence_transformers.sentence_transformer.modules import Dense, Normalize
 from tokenizers import Tokenizer
 from torch import nn
 
+from flipkd.config import VectorDtype
 from flipkd.errors import ModelError
 from flipkd.models.backbone import load_backbone
 from flipkd.models.encoder import Encoder, load_encoder
 from flipkd.models.export import export_student
 from flipkd.models.folder import read_folder
-from flipkd.models.fused_rows import load_fused_rows
-from flipkd.vectors.rows import dequantise
+from flipkd.models.gpu_rows import are_finite, finished_rows, load_row_model
+from flipkd.vectors.rows import VectorRows, dequantise, quantise
 
 from .conftest import MakeFolder, wrapped
 from .test_export import TEXTS, make_student
@@ -30,8 +31,8 @@ KINDS = {"float32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 def fused(folder: Path, dtype: str = "float32") -> Encoder:
     """An encoder that does on the CPU what it would do on a GPU."""
     encoder, settings = load_encoder(folder, dtype=dtype), read_folder(folder)
-    encoder._row_model = load_fused_rows(settings, load_backbone(settings, KINDS[dtype], CPU, False), CPU)
-    assert encoder._row_model is not None
+    backbone = load_backbone(settings, KINDS[dtype], CPU, False)
+    encoder._row_model = load_row_model(settings, backbone, encoder._model, CPU)
     return encoder
 
 
@@ -87,8 +88,28 @@ def test_what_is_not_finite_is_tried_again_and_then_an_error(llama_dir: Path, tm
         ("llama", "mean", [Dense(32, 8, bias=False, activation_function=nn.Tanh()), Normalize()]),
     ],
 )
-def test_other_forms_go_step_by_step(
+def test_other_forms_end_in_the_same_steps_one_by_one(
     make_folder: MakeFolder, small_vocabulary: Tokenizer, kind: str, pooling: str, steps: list[nn.Module]
 ) -> None:
-    settings = read_folder(make_folder(kind, wrapped(small_vocabulary, pad_token="<pad>"), pooling, steps))
-    assert load_fused_rows(settings, load_backbone(settings, torch.float32, CPU, False), CPU) is None
+    folder = make_folder(kind, wrapped(small_vocabulary, pad_token="<pad>"), pooling, steps)
+    plain, gpu = load_encoder(folder), fused(folder)
+    for dtype, step in (("float32", 1e-6), ("bf16", 2**-8), ("int8", 2 / 127)):
+        wanted = dequantise(plain.encode_rows(TEXTS, dtype).rows)
+        np.testing.assert_allclose(dequantise(gpu.encode_rows(TEXTS, dtype).rows), wanted, atol=step)
+    np.testing.assert_allclose(gpu.encode(TEXTS), plain.encode(TEXTS), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bf16", "int8"])
+def test_finished_rows_are_quantised_ones_and_say_what_is_not_finite(dtype: VectorDtype) -> None:
+    vectors = np.random.default_rng(0).standard_normal((50, 24)).astype(np.float32)
+    vectors[3], vectors[4, 5], vectors[5, 0], vectors[6] = 0, np.nan, -np.inf, 3e38
+    rows = finished_rows(torch.from_numpy(vectors), dtype).numpy()
+    bad = [4, 5, 6]  # the norm of the last one overflows
+    assert np.flatnonzero(~are_finite(rows)).tolist() == bad
+    good = np.delete(np.arange(50), bad)
+    unit = vectors[good] / np.maximum(np.linalg.norm(vectors[good], axis=1, keepdims=True), 1e-12)
+    wanted = dequantise(quantise(unit, dtype))
+    np.testing.assert_allclose(
+        dequantise(VectorRows(rows[good], dtype)), wanted, atol=2 / 127 if dtype == "int8" else 2**-8
+    )
+    assert not rows[3].any()
