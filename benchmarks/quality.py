@@ -128,12 +128,14 @@ def ratios(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
 def run(tasks: Sequence[Task], settings: Settings, work: Path, results: Results, jobs: int = 1) -> list[str]:
     """Computes the rows that are missing, ``jobs`` at a time; returns what failed, each with its reason."""
     wanted = [task for task in tasks if not results.has(task)]
-    # Teachers first, which others wait for; then what is run with every seed, in the order in which methods were named.
-    # A set that others' models are tried on comes after those sets.
+    # Teachers first, which others wait for; then what is run with every seed, then the rest, in the order in which they
+    # were named. A set that others' models are tried on comes after those sets.
+    named = list(dict.fromkeys(task.method for task in tasks))
     wanted.sort(
         key=lambda task: (
             task.method not in TEACHERS,
             task.method not in SEEDED,
+            named.index(task.method),
             DATASETS[task.dataset].trained_on is not None,
         )
     )

@@ -274,7 +274,7 @@ class Trial:
             student=self._student(whole_tower=loss.trains_language_model, **student.student),
             loss=loss,
             evaluate_every=max(1, values["steps"] // 6),
-            checkpoint_every=max(1, values["steps"] // 12),
+            checkpoint_every=max(1, values["steps"] // 3),
             seed=self._seed,
             device=settings.device,
             run=self._run,
