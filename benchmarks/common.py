@@ -58,8 +58,8 @@ def report(benchmark: str, rows: Sequence[Mapping[str, Any]], ratios: Mapping[st
     print(json.dumps(result), flush=True)
 
 
-class OutOfTimeError(Exception):
-    """Raised by ``time_limit``."""
+class OutOfTimeError(BaseException):
+    """Raised by ``time_limit``; no Exception, which the code that runs then may take for one of its own."""
 
 
 @contextmanager
