@@ -230,7 +230,12 @@ class Trial:
         if kind == "weak":
             few = Trial(self._trained_on, self._seed, settings, self._root, 0.1 * self._labels, self._run.threads)
             return few._teacher()
-        options = FineTuning(steps=settings.teacher_steps, batch_size=settings.batch_pairs, seed=self._seed)
+        options = FineTuning(
+            settings.teacher_steps,
+            settings.batch_pairs,
+            seed=self._seed,
+            dtype="bf16" if settings.device == "cuda" else "float32",  # on CPUs rows of several machines stand together
+        )
         output = self._work / f"teacher-{kind}"
         with FileLock(_beside(self._work / "pairs")):
             for name in ("train", "validation"):

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 
 from flipkd.demo import teacher as teacher_module
@@ -45,6 +49,21 @@ def test_the_teacher_tells_its_training_pairs_apart_better_than_before(
 ) -> None:
     assert auc(tuned, pairs) > auc(minilm_dir, pairs) + 0.05
     assert load_encoder(tuned).max_length == load_encoder(minilm_dir).max_length
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bf16"])
+def test_in_either_arithmetic(
+    tmp_path: Path, tuned: Path, minilm_dir: Path, train_file: Path, pairs: PairSet, dtype: Literal["float32", "bf16"]
+) -> None:
+    fine_tune_teacher(minilm_dir, train_file, tmp_path / dtype, replace(OPTIONS, dtype=dtype))
+    assert auc(tmp_path / dtype, pairs) == pytest.approx(auc(tuned, pairs), abs=0.03)
+    weights = load_file(tmp_path / dtype / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()} == {torch.float32}
+
+
+def test_an_arithmetic_that_is_not_known() -> None:
+    with pytest.raises(ConfigError, match="float32 or bf16, not 'float16'"):
+        FineTuning(dtype="float16")  # type: ignore[arg-type]
 
 
 def test_the_folder_is_private_and_holds_no_record(tuned: Path, pairs: PairSet) -> None:
