@@ -161,6 +161,10 @@ def run(tasks: Sequence[Task], settings: Settings, work: Path, results: Results,
 
 
 def _row(task: Task, settings: Settings, work: Path, threads: int | None) -> dict[str, Any]:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)  # the teacher's trainer would take all cores, beside the other rows' trainings
     trial = Trial(task.dataset, task.seed, settings, work, task.labels, threads)
     return {**task._asdict(), **trial.row(task.method, task.split)}
 
