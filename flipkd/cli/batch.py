@@ -23,6 +23,7 @@ from flipkd.cli.options import (
     set_up_logging,
     take_encoder,
     take_run,
+    unit_options,
 )
 from flipkd.cli.rescore import stage_options, take_stage
 from flipkd.config import EncodeConfig, ScoreConfig
@@ -30,7 +31,7 @@ from flipkd.errors import ConfigError
 
 
 @click.command()
-@click.option("--encoder", required=True, help="A sentence-transformers bi-encoder folder.")
+@click.option("--encoder", required=True, help="A sentence-transformers bi-encoder: folder or hub name (owner/name).")
 @click.option("--records", required=True, help="Parquet file or folder.")
 @click.option("--output", required=True, help="Folder of the vector store (local).")
 @click.option("--forget", metavar="IDS", help="Delete what was made of these records (a file of ids), and stop.")
@@ -38,6 +39,7 @@ from flipkd.errors import ConfigError
 @records_options
 @encoder_options
 @run_options
+@unit_options
 @metrics_options
 @common_options
 def encode(as_json: bool, log_level: str, forget: str | None, **options: Any) -> None:
@@ -67,7 +69,7 @@ def encode(as_json: bool, log_level: str, forget: str | None, **options: Any) ->
 @click.option("--right-text", default="right_text", show_default=True, help="Column of right texts, for inline pairs.")
 @click.option("--store", help="Vector store of the left (and right) records.")
 @click.option("--right-store", help="Vector store of the right records.")
-@click.option("--encoder", help="Encoder for --records, or for inline texts.")
+@click.option("--encoder", help="Encoder for --records, or for inline texts: folder or hub name.")
 @click.option("--records", help="Record table of the left (and right) records.")
 @click.option("--right-records", help="Record table of the right records.")
 @click.option("--threshold", type=float, help="Add the column match: at least this probability (or score).")
@@ -87,6 +89,7 @@ def encode(as_json: bool, log_level: str, forget: str | None, **options: Any) ->
 @right_records_options
 @encoder_options
 @run_options
+@unit_options
 @metrics_options
 @common_options
 def score(as_json: bool, log_level: str, dry_run: bool, rescore_scores: str | None, **options: Any) -> None:

@@ -93,20 +93,25 @@ common_options = _options(
 
 run_options = _options(
     click.option("--ray", metavar="ADDRESS", help="Run on Ray: local, auto, or an address. Default: in process."),
-    click.option("--workers", type=int, help="Units in flight (in process: threads; on Ray: at most so many workers)."),
-    click.option("--min-workers", type=int, default=1, show_default=True, help="Ray workers that must start."),
+    click.option("--workers", type=int, help="On Ray at most so many workers; in process the units that score has in "
+                                             "flight (where a model runs, one at a time on all cores)."),
     click.option("--threads", type=int, help="Cores to use in process; on Ray the CPUs of one worker."),
     click.option("--gpus", type=float, help="GPUs of one Ray worker. Default: 1 where a model runs and there are any."),
+    click.option("--max-retries", type=int, default=3, show_default=True, help="Tries after a Ray worker has died."),
+    click.option("--overwrite", is_flag=True, help="Delete another run's output first."),
+    click.option("--progress/--no-progress", default=True, help="Show progress on stderr."),
+)  # fmt: skip
+
+# Of jobs that work on units, beside ``run_options``.
+unit_options = _options(
+    click.option("--min-workers", type=int, default=1, show_default=True, help="Ray workers that must start."),
     click.option("--on-bad-shard", type=click.Choice(["fail", "skip"]), default="fail", show_default=True,
                  help="What to do with an input file that cannot be read; skip ends with exit code 3."),
-    click.option("--max-retries", type=int, default=3, show_default=True, help="Tries of a unit whose worker died."),
     click.option("--max-failed-units", type=int, default=1000, show_default=True, help="Error budget."),
     click.option("--stall-timeout-s", type=float, default=1800.0, show_default=True,
                  help="Seconds without a finished unit after which a Ray job fails."),
     click.option("--start-timeout-s", type=float, default=600.0, show_default=True,
                  help="Seconds to wait for the first Ray workers."),
-    click.option("--overwrite", is_flag=True, help="Delete another run's output first."),
-    click.option("--progress/--no-progress", default=True, help="Show progress on stderr."),
 )  # fmt: skip
 
 metrics_options = _options(

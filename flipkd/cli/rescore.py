@@ -20,6 +20,7 @@ from flipkd.cli.options import (
     run_options,
     set_up_logging,
     take_run,
+    unit_options,
 )
 from flipkd.config import RunOptions
 from flipkd.errors import ConfigError
@@ -62,10 +63,14 @@ def _labels(_: click.Context, __: click.Parameter, value: str | None) -> tuple[s
 
 @click.command()
 @click.option("--scores", required=True, help="Output folder of score; it must hold the texts, or ids for --records.")
-@click.option("--llm", required=True, help="A run of train, or a Hugging Face decoder folder.")
+@click.option("--llm", required=True, help="A run of train, or a Hugging Face decoder: folder or hub name.")
 @click.option("--output", required=True, help="Folder for the copy.")
 @click.option("--band", metavar="LOW:HIGH", callback=_band, help="Probabilities (else scores) of the pairs to ask.")
-@click.option("--budget", metavar="1%|N", help="Or the most uncertain: a share of the scored pairs, or a number.")
+@click.option(
+    "--budget",
+    metavar="1%|N",
+    help="Or the most uncertain: a share of the scored pairs, or a number. Needs score --calibration.",
+)
 @click.option("--engine", type=click.Choice(["torch", "vllm"]), default="torch", show_default=True, help="Runs it.")
 @click.option("--prompt-file", help="Text file with {left} and {right}. Default: the prompt of train.")
 @click.option(
@@ -102,6 +107,7 @@ def _labels(_: click.Context, __: click.Parameter, value: str | None) -> tuple[s
 @record_text_options
 @right_records_options
 @run_options
+@unit_options
 @metrics_options
 @common_options
 def rescore(as_json: bool, log_level: str, dry_run: bool, **options: Any) -> None:

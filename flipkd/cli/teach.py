@@ -19,12 +19,13 @@ from flipkd.cli.options import (
     set_up_logging,
     take_encoder,
     take_run,
+    unit_options,
 )
 from flipkd.config import DEFAULT_LABEL_COLUMN, TeachConfig
 
 
 @click.command()
-@click.option("--teacher", required=True, help="A bi-encoder or cross-encoder folder.")
+@click.option("--teacher", required=True, help="A bi-encoder or cross-encoder: folder or hub name.")
 @click.option("--pairs", required=True, help="Parquet file or folder.")
 @click.option("--output", required=True, help="Folder for the pairs with teacher scores.")
 @click.option("--left-text", default="left_text", show_default=True, help="Column of left texts; for ids it is added.")
@@ -40,6 +41,7 @@ from flipkd.config import DEFAULT_LABEL_COLUMN, TeachConfig
 @right_records_options
 @encoder_options
 @run_options
+@unit_options
 @metrics_options
 @common_options
 def teach(as_json: bool, log_level: str, **options: Any) -> None:

@@ -94,7 +94,11 @@ def _field_options(kind: type) -> Callable[[F], F]:
 
 
 @click.command()
-@click.option("--student", required=True, help="A Hugging Face decoder folder: Llama, Qwen2, Qwen3, Mistral or Gemma.")
+@click.option(
+    "--student",
+    required=True,
+    help="A Hugging Face decoder, folder or hub name: Llama, Qwen2, Qwen3, Mistral or Gemma.",
+)
 @click.option("--pairs", required=True, help="Output of teach: Parquet with texts, teacher scores, labels.")
 @click.option("--output", required=True, help="Folder of the run.")
 @click.option("--target-modules", default=",".join(LINEAR_LAYERS), show_default=True, help="Linear layers with LoRA.")

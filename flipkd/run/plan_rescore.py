@@ -163,7 +163,7 @@ def _center(config: RescoreConfig, used: float | None, has_probability: bool) ->
     if used is None:
         raise ConfigError(
             f"--budget: the scores in {config.scores} have no column probability and no threshold, so that nothing "
-            "tells which are uncertain; run score with --calibration or --threshold, or give --band"
+            "tells which are uncertain; run score with --calibration, or give --band"
         )
     return float(used)
 
