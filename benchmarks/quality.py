@@ -32,8 +32,8 @@ test pairs at the threshold that is best on the validation pairs, area under the
 of training plus scoring the test pairs; distinct texts of the test pairs over the seconds of scoring them; parameters
 that are run for a text (a decoder's answer: for a pair), embeddings not counted. Each row is written to ``--results``
 as soon as it is there, and one that is there is not computed again; a file with rows of other settings is refused (the
-one that is committed holds 300 steps, ``--dtype bf16``). Ratios (above 1: flip is better) are of means over data sets and
-seeds.
+one that is committed holds 300 steps, ``--dtype bf16``). Ratios (above 1: flip is better) are of means over data sets
+and seeds.
 """
 
 from __future__ import annotations
