@@ -48,8 +48,8 @@ from flipkd.assets import minilm_folder, smollm2_folder
 from flipkd.config import EncoderOptions, RunOptions, ScoreConfig
 from flipkd.data.calibration import Sigmoid, as_json, probabilities
 from flipkd.data.columns import as_numbers
+from flipkd.data.find import find_shards
 from flipkd.data.location import open_location
-from flipkd.data.shards import find_shards
 from flipkd.demo.evaluation import quality
 from flipkd.demo.pair_sets import write_pairs
 from flipkd.demo.teacher import FineTuning, fine_tune_teacher

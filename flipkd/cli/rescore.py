@@ -88,8 +88,8 @@ def _labels(_: click.Context, __: click.Parameter, value: str | None) -> tuple[s
 @click.option("--records", help="Record table of the left (and right) records, for pairs of ids.")
 @click.option("--right-records", help="Record table of the right records.")
 @click.option("--threshold", type=float, help="Of the probability, for the column match. Default: what score used.")
-@click.option("--combine", help="combination.json: probability from the LLM's answer and the score together.")
-@click.option("--fit-labels", metavar="COLUMN", help="Fit a combination.json on the answered pairs with a label.")
+@click.option("--combine", help="_combination.json: probability from the LLM's answer and the score together.")
+@click.option("--fit-labels", metavar="COLUMN", help="Fit a _combination.json on the answered pairs with a label.")
 @click.option(
     "--llm-dtype",
     type=click.Choice(["float32", "bf16"]),

@@ -52,10 +52,12 @@ def open_location(uri: str | os.PathLike[str]) -> Location:
     """Opens a local path or a URI such as ``s3://bucket/folder``.
 
     Raises:
-        ConfigError: the scheme is not known, or its fsspec package is not installed.
+        ConfigError: the name is empty, the scheme is not known, or its fsspec package is not installed.
         InputError: the place cannot be reached.
     """
     text = os.fspath(uri)
+    if not text.strip():  # an unset variable of a shell must not stand for the current folder
+        raise ConfigError("a file or folder has an empty name; is a variable not set?")
     scheme = text.split("://", 1)[0].lower() if "://" in text else ""
     if scheme in ("", "file"):
         path = os.path.abspath(urllib.parse.unquote(text[len("file://") :]) if scheme else text)

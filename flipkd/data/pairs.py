@@ -129,6 +129,8 @@ def distinct_texts(column: pa.ChunkedArray, name: str) -> tuple[Texts, npt.NDArr
 
     Two raw texts with one normal form stand twice; their digests agree.
     """
+    if pa.types.is_decimal(column.type) and column.type.bit_width < 128:  # Arrow cannot encode the narrow ones
+        column = column.cast(pa.decimal128(column.type.precision, column.type.scale))
     encoded = column.combine_chunks().dictionary_encode() if isinstance(column, pa.ChunkedArray) else column
     if isinstance(encoded, pa.ChunkedArray):
         encoded = encoded.unify_dictionaries().combine_chunks()

@@ -10,9 +10,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from flipkd.data.find import Shard
 from flipkd.data.location import Location
 from flipkd.data.records import render_texts
-from flipkd.data.shards import Shard, ShardReader
+from flipkd.data.shards import ShardReader
 from flipkd.data.template import template_fields
 from flipkd.errors import ColumnError, ConflictingRecordsError, InputError
 from flipkd.vectors.id_types import check_id_type, common_kind, plain
@@ -124,7 +125,8 @@ def _keys(ids: pa.ChunkedArray, kind: str) -> pa.ChunkedArray:
         if kind == "uint64" and pa.types.is_signed_integer(chunk.type):
             chunk = pc.if_else(pc.less(chunk, 0), pa.scalar(None, chunk.type), chunk)
         elif kind == "int64" and chunk.type == pa.uint64():
-            chunk = pc.if_else(pc.greater(chunk, 2**63 - 1), pa.scalar(None, chunk.type), chunk)
+            largest = pa.scalar(2**63 - 1, pa.uint64())  # of the same type, or Arrow would compare both as int64
+            chunk = pc.if_else(pc.greater(chunk, largest), pa.scalar(None, chunk.type), chunk)
         chunks.append(chunk.cast(_ID_TYPES[kind]))
     return pa.chunked_array(chunks, _ID_TYPES[kind])
 

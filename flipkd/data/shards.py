@@ -1,116 +1,21 @@
-"""Find and read Parquet shards. A *shard* is one input file of a table."""
+"""Reads the Parquet files of a table."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
-import posixpath
-import urllib.parse
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from flipkd.data.find import Shard
 from flipkd.data.location import Location, reason
 from flipkd.errors import ColumnError, ConfigError, InputError
 
-logger = logging.getLogger(__name__)
-
-PARQUET_SUFFIXES = (".parquet", ".parq", ".pq")
-HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
-_MAGIC = b"PAR1"
 _BUFFER_BYTES = 1 << 16  # measured: larger ones cost more, since they do not stay in the cache
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One Parquet file of a table.
-
-    Args:
-        path: path on its filesystem.
-        name: path below the table's root, ``/`` between its parts.
-        size_bytes: size of the file.
-        modified_ns: time of the last change, nanoseconds since 1970 (0 where the filesystem tells none).
-        partitions: hive partition columns from the folder names, values kept as the text they are (``007`` stays
-            ``007``); None for hive's null.
-    """
-
-    path: str
-    name: str
-    size_bytes: int
-    modified_ns: int
-    partitions: tuple[tuple[str, str | None], ...] = ()
-
-
-def find_shards(location: Location) -> list[Shard]:
-    """Lists the Parquet files of a folder (or the one file), sorted by name.
-
-    Names that start with ``_`` or ``.`` (``_SUCCESS``, ``_metadata``, checksums, temporary files) and files of other
-    endings are not part of the table.
-
-    Raises:
-        InputError: the path does not exist, or holds no Parquet file.
-    """
-    info = location.filesystem.get_file_info(location.path)
-    if info.type == pafs.FileType.NotFound:
-        raise InputError(f"{location.uri} does not exist")
-    if info.type == pafs.FileType.File:
-        if not location.path.lower().endswith(PARQUET_SUFFIXES):
-            _check_parquet(location)
-        return [_shard(info, posixpath.basename(location.path))]
-    shards, others = [], 0
-    selector = pafs.FileSelector(location.path, recursive=True)
-    try:
-        found = location.filesystem.get_file_info(selector)
-    except OSError as error:
-        raise InputError(f"cannot list {location.uri}: {reason(error)}") from error
-    root = location.path.rstrip("/") + "/"
-    for info in found:
-        name = info.path[len(root) :] if info.path.startswith(root) else info.path.lstrip("/")
-        if info.type != pafs.FileType.File or any(_is_hidden(part) for part in name.split("/")):
-            continue
-        if name.lower().endswith(PARQUET_SUFFIXES):
-            shards.append(_shard(info, name))
-        else:
-            others += 1
-    if others:
-        logger.warning("%s: %d files that do not end in .parquet are not read", location.uri, others)
-    if not shards:
-        raise InputError(f"{location.uri} holds no .parquet file")
-    return sorted(shards, key=lambda shard: shard.name)
-
-
-def _check_parquet(location: Location) -> None:
-    """Looks whether a file whose name does not say so is Parquet."""
-    try:
-        with location.filesystem.open_input_file(location.path) as file:
-            found = file.read(len(_MAGIC))
-    except OSError as error:
-        raise InputError(f"cannot read {location.uri}: {reason(error)}") from error
-    if found != _MAGIC:
-        raise InputError(
-            f"{location.uri} is not a Parquet file; of CSV make one with pyarrow.csv.read_csv and "
-            "pyarrow.parquet.write_table"
-        )
-
-
-def _is_hidden(part: str) -> bool:
-    return part.startswith(".") or (part.startswith("_") and "=" not in part)
-
-
-def _shard(info: Any, name: str) -> Shard:
-    partitions = []
-    for part in name.split("/")[:-1]:
-        key, separator, value = part.partition("=")
-        if separator:
-            text = urllib.parse.unquote(value)
-            partitions.append((urllib.parse.unquote(key), None if text == HIVE_NULL else text))
-    return Shard(info.path, name, info.size or 0, info.mtime_ns or 0, tuple(partitions))
 
 
 class ShardReader:

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
+from flipkd.data.find import Shard
 from flipkd.data.json_files import parse_object
 from flipkd.data.location import Location
-from flipkd.data.shards import Shard, ShardReader
+from flipkd.data.shards import ShardReader
 from flipkd.errors import InputError
 
 TEACHER_SCORE = "teacher_score"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -54,6 +55,9 @@ class LossOptions:
         for name in ("weight_mcl", "weight_pairs", "weight_matrix", "weight_lm", "margin_between", "margin_within"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"--{name.replace('_', '-')} must be a number of at least 0")
+        for name in ("positive_threshold", "negative_threshold"):
+            if math.isnan(getattr(self, name)):  # infinity leaves nothing out
+                raise ConfigError(f"--{name.replace('_', '-')} must be a number")
         for name in ("temperature", "matrix_temperature"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"--{name.replace('_', '-')} must be greater than 0")
@@ -145,6 +149,10 @@ class TrainConfig:
         for name in ("validation_fraction", "warmup_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} must be from 0 to less than 1")
+        if not 0 <= self.seed < 1 << 32:
+            raise ConfigError(f"--seed must be from 0 to 4294967295, not {self.seed}")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise ConfigError("--weight-decay must be a number of at least 0")
         for name in ("learning_rate", "max_gradient_norm"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"--{name.replace('_', '-')} must be greater than 0")

@@ -15,11 +15,12 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from flipkd.data.commit import read_json
+from flipkd.data.find import Shard, find_shards
 from flipkd.data.labels import read_labels
 from flipkd.data.location import Location, open_location
 from flipkd.data.pairs import distinct_texts
 from flipkd.data.records import text_digests
-from flipkd.data.shards import Shard, ShardReader, find_shards
+from flipkd.data.shards import ShardReader
 from flipkd.data.teacher_scores import TEACHER_SCORE, TEACHER_VECTORS, TeacherFacts, read_teacher_facts
 from flipkd.errors import ConfigError, InputError
 from flipkd.run.manifest import MANIFEST

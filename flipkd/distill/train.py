@@ -37,7 +37,8 @@ from flipkd.models.llm_prompt import TRAINED_PROMPTS, pair_prompt
 from flipkd.models.student import Student
 from flipkd.run.job import available_cores
 from flipkd.run.manifest import versions
-from flipkd.run.output import locked, refuse_overlap
+from flipkd.run.output import locked
+from flipkd.run.overlap import refuse_overlap
 from flipkd.run.progress import progress_bar
 from flipkd.run.units import fingerprint
 

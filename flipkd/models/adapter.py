@@ -21,7 +21,9 @@ from flipkd.models.folder import files_fingerprint, find_folder
 from flipkd.models.options import StudentOptions, saved_options
 from flipkd.models.packed import ATTENTION, register
 from flipkd.models.student import Student, cut_config
+from flipkd.models.tokenizer import check_tokenizer
 from flipkd.models.trust import check_code, check_weights
+from flipkd.models.weights import check_finite
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text")
 STUDENT_FILE = "student.json"
@@ -240,6 +242,6 @@ def _load_base(options: StudentOptions, attention: str = ATTENTION) -> tuple[Any
         raise ModelError(
             f"{path}: weights are missing or of the wrong shape, first {(missing or report['mismatched_keys'])[0]}"
         )
-    if not getattr(tokenizer, "is_fast", False):
-        raise ModelError(f"{path}: has no fast tokenizer (tokenizer.json); save it with a fast one")
+    check_finite(model.named_parameters(), path)
+    check_tokenizer(tokenizer, path)
     return model.requires_grad_(False), tokenizer, layer, base_fingerprint(path)

@@ -17,6 +17,7 @@ from flipkd.kernels.encoder_ops import Texts
 from flipkd.models.bert import load_bert
 from flipkd.models.decoder import load_decoder
 from flipkd.models.folder import ModelFolder, TransformerFolder
+from flipkd.models.weights import check_finite
 
 # Encoder-decoder families of which the encoder alone can be loaded; sentence-transformers does the same.
 _ENCODER_CLASSES = {
@@ -84,7 +85,8 @@ def load_pretrained(
         auto_class: transformers' class that knows the class of the model.
 
     Raises:
-        ModelError: transformers cannot load it, weights are missing, or it needs code of its own and may not run it.
+        ModelError: transformers cannot load it, weights are missing or not finite, or it needs code of its own and may
+            not run it.
     """
     import transformers
     from transformers.utils import logging as transformers_logging
@@ -131,6 +133,7 @@ def load_pretrained(
         raise ModelError(
             f"{path}: weights are missing or of the wrong shape, first {(missing or report['mismatched_keys'])[0]}"
         )
+    check_finite(model.named_parameters(), path)
     return model
 
 

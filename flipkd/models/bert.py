@@ -19,6 +19,7 @@ from torch.nn.functional import embedding
 from flipkd.kernels.encoder_ops import Heads, Norm, Texts, activate, add_norm, attend
 from flipkd.models.linear import Linear
 from flipkd.models.settings import read_json
+from flipkd.models.weights import check_finite
 
 _ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 # What a config may say beside the shape, and the only value under which the forward below is right.
@@ -122,7 +123,11 @@ class Bert:
 
 
 def load_bert(path: Path, dtype: torch.dtype, device: torch.device) -> Bert | None:
-    """Loads a folder that holds a plain BERT in one safetensors file; None where it does not, or is not whole."""
+    """Loads a folder that holds a plain BERT in one safetensors file; None where it does not, or is not whole.
+
+    Raises:
+        ModelError: a weight is not finite.
+    """
     config = read_json(path / "config.json")
     if config.get("model_type") != "bert" or config.get("hidden_act", "gelu") not in _ACTIVATIONS:
         return None
@@ -144,4 +149,5 @@ def load_bert(path: Path, dtype: torch.dtype, device: torch.device) -> Bert | No
         fits = bert.fits(config)
     except (OSError, SafetensorError, KeyError, RuntimeError):
         return None  # the general way says what is wrong
+    check_finite(tensors.items(), path)
     return bert if fits else None

@@ -17,6 +17,7 @@ from torch.nn.functional import embedding
 from flipkd.kernels.encoder_ops import Heads, Norm, Product, Texts, activate, add_norm, attend
 from flipkd.models.linear import Linear
 from flipkd.models.settings import read_json
+from flipkd.models.weights import check_finite
 
 _ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 # What a config may say beside the shape, and the only value under which the forward below is right.
@@ -177,7 +178,11 @@ def _is_plain(config: dict[str, Any]) -> bool:
 
 
 def load_decoder(path: Path, dtype: torch.dtype, device: torch.device) -> Decoder | None:
-    """Loads a folder that holds a plain tower in one safetensors file; None where it does not, or is not whole."""
+    """Loads a folder that holds a plain tower in one safetensors file; None where it does not, or is not whole.
+
+    Raises:
+        ModelError: a weight is not finite.
+    """
     config = read_json(path / "config.json")
     if not _is_plain(config):
         return None
@@ -192,4 +197,5 @@ def load_decoder(path: Path, dtype: torch.dtype, device: torch.device) -> Decode
         fits = decoder.fits(config)
     except (OSError, SafetensorError, KeyError, RuntimeError, TypeError, ValueError):
         return None  # the general way says what is wrong
+    check_finite(tensors.items(), path)
     return decoder if fits else None

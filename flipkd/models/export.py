@@ -20,10 +20,11 @@ import numpy as np
 import pyarrow as pa
 
 from flipkd.data.commit import read_json, sync
+from flipkd.data.find import PARQUET_SUFFIXES, find_shards
 from flipkd.data.folders import check_replaceable, publish_folder
 from flipkd.data.location import Location, open_location
 from flipkd.data.pairs import distinct_texts
-from flipkd.data.shards import PARQUET_SUFFIXES, ShardReader, find_shards
+from flipkd.data.shards import ShardReader
 from flipkd.data.template import template_fields
 from flipkd.errors import FlipkdError, InputError, ModelError, OutputError
 from flipkd.models.adapter import load_student

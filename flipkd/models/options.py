@@ -68,7 +68,7 @@ class StudentOptions:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
         if self.layer is not None and self.layer < 1:
             raise ConfigError(f"--layer must be at least 1, not {self.layer}")
-        if self.alpha <= 0 or not 0 <= self.dropout < 1:
+        if not 0 < self.alpha < float("inf") or not 0 <= self.dropout < 1:
             raise ConfigError("--alpha must be greater than 0, and --dropout from 0 to less than 1")
         for name, known in _KNOWN.items():
             if getattr(self, name) not in known:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from flipkd.errors import ConfigError, ModelError
@@ -13,7 +14,7 @@ def load_tokenizer(settings: TransformerFolder, trust_remote_code: bool) -> Any:
     """The folder's tokenizer as a transformers object.
 
     Raises:
-        ModelError: transformers cannot load it, or it is not a fast one.
+        ModelError: transformers cannot load it, it is not a fast one, or it has no vocabulary.
     """
     from transformers import AutoTokenizer
 
@@ -24,9 +25,21 @@ def load_tokenizer(settings: TransformerFolder, trust_remote_code: bool) -> Any:
         )
     except Exception as error:  # transformers raises whatever it meets
         raise ModelError(f"{path}: transformers cannot load the tokenizer: {type(error).__name__}: {error}") from error
+    check_tokenizer(tokenizer, path)
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: Any, path: str | Path) -> None:
+    """Refuses a tokenizer that cannot be used.
+
+    Raises:
+        ModelError: it is not a fast one, or it has no vocabulary.
+    """
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(f"{path}: has no fast tokenizer (tokenizer.json); save it with a fast one")
-    return tokenizer
+    # Where the folder has no vocabulary, transformers makes one of the special tokens: all texts would be the same.
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        raise ModelError(f"{path}: its tokenizer knows no word; tokenizer.json (or vocab.txt and the like) is missing")
 
 
 def longest_input(

@@ -14,8 +14,9 @@ import pyarrow.compute as pc
 
 from flipkd.config import EncodeConfig
 from flipkd.data.columns import as_numbers
+from flipkd.data.find import Shard, find_shards
 from flipkd.data.location import Location, open_location
-from flipkd.data.shards import Shard, ShardReader, find_shards
+from flipkd.data.shards import ShardReader
 from flipkd.errors import ConfigError, InputError
 from flipkd.nightly.stability import share
 from flipkd.report.scan import ScoreCounts

@@ -21,7 +21,8 @@ from flipkd.nightly.report import write_report
 from flipkd.nightly.stages import Journal, run_stages, store_stages
 from flipkd.run.job import available_cores
 from flipkd.run.manifest import versions
-from flipkd.run.output import locked, refuse_overlap
+from flipkd.run.output import locked
+from flipkd.run.overlap import refuse_overlap
 
 logger = logging.getLogger(__name__)
 

@@ -62,8 +62,8 @@ class EvaluateConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name} must be at least 1, not {value}")
-        if self.seed < 0 or self.show_examples < 0:
-            raise ConfigError("--seed and --show-examples must not be negative")
+        if not 0 <= self.seed < 1 << 32 or self.show_examples < 0:
+            raise ConfigError("--seed must be from 0 to 4294967295, and --show-examples not negative")
         if not self.key or len(set(self.key)) != len(self.key):
             raise ConfigError("--key must name at least one column, and none twice")
         hidden = [name for name in self.slices if name in self.key]

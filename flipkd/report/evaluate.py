@@ -12,10 +12,10 @@ import numpy as np
 
 from flipkd.data.calibration import as_json, probabilities
 from flipkd.data.commit import make_private_folder, read_json, writing
+from flipkd.data.find import Shard, find_shards
 from flipkd.data.folders import check_replaceable, is_whole, publish_folder, remove_unpublished
 from flipkd.data.json_files import parse_object
 from flipkd.data.location import Location, open_location
-from flipkd.data.shards import Shard, find_shards
 from flipkd.errors import ConfigError, OutputError
 from flipkd.report.calibrate import Fitted, calibration_error, fit_calibration, reliability
 from flipkd.report.config import EvaluateConfig
@@ -30,7 +30,7 @@ from flipkd.report.slices import slice_rows
 from flipkd.report.thresholds import ThresholdChoice, add_run_counts
 from flipkd.report.timeline import job_spans
 from flipkd.run.manifest import MANIFEST, versions
-from flipkd.run.output import refuse_overlap
+from flipkd.run.overlap import refuse_overlap
 from flipkd.run.progress import progress_bar
 from flipkd.run.units import fingerprint
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from flipkd.data.find import Shard
 from flipkd.data.location import Location
-from flipkd.data.shards import Shard
 from flipkd.report.pairs import LabelledPairs
 from flipkd.report.scan import RowCounts, column_names, scan
 

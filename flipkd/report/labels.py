@@ -10,9 +10,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from flipkd.data.find import Shard
 from flipkd.data.labels import read_labels
 from flipkd.data.location import Location
-from flipkd.data.shards import Shard, ShardReader
+from flipkd.data.shards import ShardReader
 from flipkd.errors import ConfigError, InputError
 from flipkd.vectors.id_types import check_id_type, plain
 

@@ -11,9 +11,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from flipkd.data.find import Shard
 from flipkd.data.labels import read_labels
 from flipkd.data.location import Location
-from flipkd.data.shards import Shard
 from flipkd.report.labels import Floats, LabelTable, read_weights
 from flipkd.report.scan import RowCounts, ScoreBatch, scan
 

@@ -23,10 +23,11 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from flipkd.data.commit import ShardWriter
+from flipkd.data.find import Shard
 from flipkd.data.json_files import parse_object
 from flipkd.data.labels import read_labels
 from flipkd.data.location import Location
-from flipkd.data.shards import Shard, ShardReader
+from flipkd.data.shards import ShardReader
 from flipkd.errors import ConfigError, InputError
 from flipkd.report.labels import read_table
 from flipkd.report.pairs import LabelledPairs, PairCounts, slice_values

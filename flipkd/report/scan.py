@@ -11,9 +11,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from flipkd.data.find import Shard
 from flipkd.data.location import Location
 from flipkd.data.pairs import REASONS
-from flipkd.data.shards import Shard, ShardReader
+from flipkd.data.shards import ShardReader
 from flipkd.errors import ConfigError
 from flipkd.run.units import fingerprint
 

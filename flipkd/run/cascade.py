@@ -18,15 +18,16 @@ import pyarrow.parquet as pq
 
 from flipkd.config import SCORE_COLUMNS, ScoreConfig
 from flipkd.data.commit import read_json, write_json
+from flipkd.data.find import find_shards
 from flipkd.data.location import open_location
 from flipkd.data.pairs import PairRows
-from flipkd.data.shards import find_shards
 from flipkd.errors import FlipkdError
 from flipkd.kernels.pair_score import PairScores
 from flipkd.run import pipeline
 from flipkd.run.manifest import MANIFEST, WORK_FOLDER
 from flipkd.run.observe import observed
-from flipkd.run.output import list_outputs, locked, own_outputs, refuse_overlap, remove_folder
+from flipkd.run.output import list_outputs, locked, own_outputs, remove_folder
+from flipkd.run.overlap import refuse_overlap
 from flipkd.run.plan_rescore import check_scores, plan_rescore
 from flipkd.run.plan_score import ScorePlan, plan_score, score_inputs
 from flipkd.run.record_template import template_of_scores

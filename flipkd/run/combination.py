@@ -16,13 +16,14 @@ import numpy.typing as npt
 
 from flipkd.data.columns import as_numbers
 from flipkd.data.commit import write_json
+from flipkd.data.find import find_shards
 from flipkd.data.json_files import parse_object, read_option_file
 from flipkd.data.labels import read_labels
 from flipkd.data.location import Location
-from flipkd.data.shards import ShardReader, find_shards
+from flipkd.data.shards import ShardReader
 from flipkd.errors import ConfigError, InputError
 
-COMBINATION_FILE = "combination.json"
+COMBINATION_FILE = "_combination.json"  # with a _ no reader takes it for one of the Parquet files beside it
 _KIND = "flipkd.rescore.combination"
 # Probabilities nearer to 0 or 1 are not told apart: a float32 model does not mean them.
 _LEAST = 1e-6
@@ -97,7 +98,7 @@ def fit_from_output(output: Location, label_column: str) -> tuple[Combination, i
 
 
 def write_combination(output: Location, combination: Combination, pairs: int) -> None:
-    """Writes ``combination.json``: the coefficients, and on how many pairs they were fitted."""
+    """Writes ``_combination.json``: the coefficients, and on how many pairs they were fitted."""
     write_json(output, COMBINATION_FILE, {"kind": _KIND, **asdict(combination), "pairs": pairs})
 
 
@@ -117,7 +118,7 @@ def read_combination(path: str) -> Combination:
             raise ValueError("numbers that are not finite")
     except (ValueError, OverflowError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"--combine {path}: expected a combination.json that rescore --fit-labels wrote ({type(error).__name__})"
+            f"--combine {path}: expected a _combination.json that rescore --fit-labels wrote ({type(error).__name__})"
         ) from None  # it may quote the file
     return Combination(*numbers)
 

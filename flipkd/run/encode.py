@@ -11,15 +11,16 @@ from typing import Any
 
 from flipkd.config import EncodeConfig, EncoderOptions
 from flipkd.data.commit import read_json, write_json
+from flipkd.data.find import find_shards
 from flipkd.data.location import Location, open_location
-from flipkd.data.shards import find_shards
 from flipkd.errors import ConfigError, OutputError
 from flipkd.run.cached_encoder import cache_root, text_cache_of
 from flipkd.run.encode_unit import EncodeWorker
 from flipkd.run.job import Job, check_device, run_job
 from flipkd.run.manifest import MANIFEST, WORK_FOLDER
 from flipkd.run.observe import observed
-from flipkd.run.output import locked, refuse_overlap, remove_folder
+from flipkd.run.output import locked, remove_folder
+from flipkd.run.overlap import refuse_overlap
 from flipkd.run.record_schema import RecordSchema
 from flipkd.run.record_template import with_recorded_template
 from flipkd.run.store_folder import check_free, sealed_header
@@ -132,16 +133,16 @@ def encode(config: EncodeConfig) -> dict[str, Any]:
     output = open_location(config.output)
     if not output.is_local:
         raise ConfigError(f"--output {output.uri}: a store is mapped into memory, so it must be a local folder")
-    refuse_overlap(output, [("--records", open_location(config.records))])
+    refuse_overlap(output, [("--records", open_location(config.records))], config.cache)
     return encode_planned(plan_encode(config))
 
 
-def encode_planned(planned: EncodePlan) -> dict[str, Any]:
-    """Runs a planned encode job under the store's lock."""
+def encode_planned(planned: EncodePlan, waits: bool = False) -> dict[str, Any]:
+    """Runs a planned encode job under the store's lock; ``waits`` for another job that makes the same store."""
     config = planned.config
     output = open_location(config.output)
     check_free(Path(output.path), config.run.overwrite)
-    with locked(output), observed("encode", config.run, output):
+    with locked(output, waits), observed("encode", config.run, output):
         sealed = sealed_header(Path(output.path), config.run.overwrite)
         if sealed is not None and sealed["fingerprint"] == planned.fingerprint:
             manifest = read_json(output, MANIFEST)

@@ -7,6 +7,7 @@ encoding anew. Run it while no job uses the cache or the store.
 
 from __future__ import annotations
 
+import codecs
 import re
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ import pyarrow.compute as pc
 
 from flipkd.config import EncodeConfig
 from flipkd.data.commit import writing
+from flipkd.data.find import PARQUET_SUFFIXES, find_shards
 from flipkd.data.location import Location, open_location, reason
 from flipkd.data.records import render_texts
-from flipkd.data.shards import PARQUET_SUFFIXES, ShardReader, find_shards
+from flipkd.data.shards import ShardReader
 from flipkd.data.template import template_fields
 from flipkd.errors import InputError
 from flipkd.run.cached_encoder import cache_root
@@ -38,7 +40,7 @@ _INTEGER = re.compile(rb"-?[0-9]{1,20}")
 _BATCH_ROWS = 1 << 16
 # Folders that ``score`` makes below --cache: those of other names are somebody else's.
 _STORE = re.compile(r"store-[0-9a-f]{16}")
-_WORK = re.compile(r"work-[0-9a-f]{16}")
+_WORK = re.compile(r"work-[0-9a-f]{16}(-[0-9a-f]{8})?")
 
 
 def forget(config: EncodeConfig, ids: str) -> dict[str, Any]:
@@ -98,7 +100,7 @@ def _read_ids(path: str, column: str) -> pa.Array:
     else:
         try:
             with location.filesystem.open_input_stream(location.path) as source:
-                lines = source.read().splitlines()
+                lines = source.read().removeprefix(codecs.BOM_UTF8).splitlines()
         except OSError as error:
             raise InputError(f"--forget {path} cannot be read: {reason(error)}") from error
         ids = pa.array([line for line in lines if line.strip()], pa.large_binary())

@@ -11,11 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from flipkd.data.find import Shard, find_shards
 from flipkd.data.location import Location, open_location
 from flipkd.data.pairs import first_reasons, id_reasons, text_reasons
 from flipkd.data.record_texts import RecordTexts, read_record_texts
 from flipkd.data.records import Texts
-from flipkd.data.shards import Shard, ShardReader, find_shards
+from flipkd.data.shards import ShardReader
 from flipkd.record_sides import RecordSide
 from flipkd.run.manifest import UnitReport
 from flipkd.run.record_schema import RecordSchema

@@ -20,9 +20,9 @@ import pyarrow.fs as pafs
 from filelock import FileLock, Timeout
 
 from flipkd.data.commit import TEMPORARY_NAME, make_private_folder, writing
+from flipkd.data.find import PARQUET_SUFFIXES, is_hidden
 from flipkd.data.location import Location
-from flipkd.data.shards import PARQUET_SUFFIXES
-from flipkd.errors import ConfigError, OutputError, OutputInUseError
+from flipkd.errors import OutputError, OutputInUseError
 from flipkd.run.manifest import MANIFEST, WORK_FOLDER, UnitReport, read_whole_reports
 from flipkd.run.units import FINGERPRINT_CHARACTERS, WorkUnit
 
@@ -30,32 +30,16 @@ logger = logging.getLogger(__name__)
 
 # What `units._unit` makes of a unit; only files named like this are ever deleted.
 _OUTPUT_NAME = re.compile(rf"\.rows\d{{12,}}-\d{{12,}}\.[0-9a-f]{{{FINGERPRINT_CHARACTERS}}}\.parquet$")
+_WORK_NAMES = ("work-", "store-")
 _LOCK = "lock"
 _GLANCE_S = 0.5  # longer than ``is_locked`` holds a lock
 _HEARTBEAT_S = 20.0
 _HEARTBEAT_STALE_S = 120.0
 
 
-def refuse_overlap(output: Location, inputs: Iterable[tuple[str, Location]]) -> None:
-    """Refuses an output folder that holds, or lies in, one of the inputs: the next run would take one for the other.
-
-    Raises:
-        ConfigError: names both.
-    """
-    own = _real(output)
-    for option, location in inputs:
-        other = _real(location)
-        if own == other or own.startswith(other.rstrip("/") + "/") or other.startswith(own.rstrip("/") + "/"):
-            raise ConfigError(f"--output {output.uri} and {option} {location.uri} lie in one another; choose another")
-
-
-def _real(location: Location) -> str:
-    return os.path.realpath(location.path) if location.is_local else location.uri.rstrip("/")
-
-
 @contextlib.contextmanager
-def locked(output: Location) -> Iterator[None]:
-    """Holds the folder's lock.
+def locked(output: Location, waits: bool = False) -> Iterator[None]:
+    """Holds the folder's lock; where another live job holds it, waits for that job to end, or refuses.
 
     On a local or shared disk it is an operating system lock, which ends with the process, however that ends. On an
     object store it is an object that the holder renews; one that was not renewed for two minutes is taken over.
@@ -75,7 +59,10 @@ def locked(output: Location) -> Iterator[None]:
             try:
                 lock.acquire()
             except Timeout:
-                raise refusal from None
+                if not waits:
+                    raise refusal from None
+                logger.warning("waiting for another job that works on %s", output.uri)
+                lock.acquire(timeout=-1)
         try:
             yield
         finally:
@@ -167,7 +154,7 @@ def list_outputs(output: Location) -> tuple[set[str], list[str]]:
             temporary.append(info.path)
         elif inside:
             continue
-        elif name.lower().endswith(PARQUET_SUFFIXES) and not posixpath.basename(name).startswith((".", "_")):
+        elif name.lower().endswith(PARQUET_SUFFIXES) and not is_hidden(posixpath.basename(name)):
             names.add(name)
     return names, temporary
 
@@ -264,6 +251,21 @@ def remove_folder(location: Location) -> None:
         return
     with contextlib.suppress(FileNotFoundError, OSError):
         location.filesystem.delete_dir(location.path)
+
+
+def remove_stale_work(folder: Location, keep: Collection[str], end: str = "") -> None:
+    """Deletes work folders (``work-*``, ``store-*``) that killed runs of other input or options left: they hold texts.
+
+    Args:
+        folder: whose direct children they are; nobody else may be working in those that are deleted.
+        keep: names that stay.
+        end: of the names that may be deleted.
+    """
+    for info in folder.filesystem.get_file_info(pafs.FileSelector(folder.path, allow_not_found=True)):
+        name = posixpath.basename(info.path)
+        is_work = info.type == pafs.FileType.Directory and name.startswith(_WORK_NAMES) and name.endswith(end)
+        if is_work and name not in keep:
+            remove_folder(folder.child(name))
 
 
 def check_space(output: Location, needed_bytes: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import posixpath
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -21,9 +22,10 @@ from flipkd.run.encode import (
     plan_encode,
 )
 from flipkd.run.job import Job, plan_facts, run_job
+from flipkd.run.manifest import MANIFEST, UnitReport
 from flipkd.run.observe import observed
 from flipkd.run.output import locked, prepare, remove_folder, remove_outputs
-from flipkd.run.plan_score import ScorePlan, plan_score, work_folder
+from flipkd.run.plan_score import ScorePlan, plan_score, remove_stale, work_folder
 from flipkd.run.score import ScoreWorker
 from flipkd.run.texts import SAMPLE_ROWS, TEXT_COLUMN, TextsTask, TextsWorker, estimate_distinct, merge_texts
 from flipkd.run.top_k import TopKTask, TopKWorker, compare_candidates, otherwise_compared
@@ -43,10 +45,14 @@ def score(config: ScoreConfig) -> dict[str, Any]:
     with locked(job.output), observed("score", config.run, job.output):
         # Whose folder it is must be known before hours of encoding.
         done = prepare(job.output, job.plan.units, config.run.overwrite)
-        stages: dict[str, Any] = {}
-        if len(done) < len(job.plan.units):
+        own = [work_folder(config, job.plan, planned.task.run_fingerprint).path] if planned.works_in_folder else []
+        own += [plan.config.output for plan in planned.encodes]
+        remove_stale(config, {posixpath.basename(path) for path in own})
+        stages = _stages_of_finished(planned, done)
+        if stages is None:
+            stages = {}
             for name, encode_plan in zip(("encode_left", "encode_right"), planned.encodes, strict=False):
-                stages[name] = summary(encode_planned(encode_plan))
+                stages[name] = summary(encode_planned(encode_plan, waits=config.cache is not None))
             if config.is_inline:
                 found, texts_stages = _encode_inline(planned)
                 # The best K are compared anew over what can be read now, whatever an earlier run wrote.
@@ -61,6 +67,27 @@ def score(config: ScoreConfig) -> dict[str, Any]:
         manifest = run_job(replace(job, about={**job.about, "stages": stages, "stages_complete": complete}), done)
         _remove_work(planned)
     return manifest
+
+
+def _stages_of_finished(planned: ScorePlan, done: Mapping[str, UnitReport]) -> dict[str, Any] | None:
+    """What the stages of a run were where every output is there; None where they have to run."""
+    job = planned.job
+    if len(done) < len(job.plan.units):
+        return None
+    told = stages_told(job.output, job.fingerprint)
+    if told is None and not (done and planned.encodes):
+        return {}
+    return told
+
+
+def stages_told(output: Location, run_fingerprint: str) -> dict[str, Any] | None:
+    """The stages in the manifest of a run; None where it has none, as after a kill just before it was written.
+
+    Records that could not be read are missing from outputs that are there, so the run is partial however often it is
+    called.
+    """
+    manifest = read_json(output, MANIFEST) or {}
+    return manifest.get("stages", {}) if manifest.get("fingerprint") == run_fingerprint else None
 
 
 def dry_run(config: ScoreConfig) -> dict[str, Any]:
@@ -192,7 +219,7 @@ def summary(manifest: dict[str, Any]) -> dict[str, Any]:
 
 def _remove_work(planned: ScorePlan) -> None:
     config = planned.config
-    if config.is_inline or config.top_k is not None:
+    if planned.works_in_folder:
         remove_folder(work_folder(config, planned.job.plan, planned.task.run_fingerprint))
     for plan in planned.encodes if config.cache is None else ():
         remove_folder(open_location(plan.config.output))

@@ -10,18 +10,19 @@ from importlib.util import find_spec
 import pyarrow as pa
 
 from flipkd.data.commit import read_json
+from flipkd.data.find import Shard, find_shards
 from flipkd.data.labels import read_labels
 from flipkd.data.location import Location, open_location
 from flipkd.data.record_texts import check_ids_fit
 from flipkd.data.records import as_text
-from flipkd.data.shards import Shard, ShardReader, find_shards
+from flipkd.data.shards import ShardReader
 from flipkd.errors import ConfigError, InputError
 from flipkd.models.llm import load_prompts, read_llm
 from flipkd.run.combination import Combination, read_combination
 from flipkd.run.job import check_device
 from flipkd.run.join import RecordTable, record_tables, shard_facts
 from flipkd.run.manifest import MANIFEST
-from flipkd.run.output import refuse_overlap
+from flipkd.run.overlap import refuse_overlap
 from flipkd.run.rescore_config import RescoreConfig
 from flipkd.run.select import ScoreColumn
 from flipkd.run.units import Plan, fingerprint, plan_units

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,24 +14,28 @@ import pyarrow as pa
 from flipkd.config import SCORE_COLUMNS, EncodeConfig, ScoreConfig
 from flipkd.data.calibration import as_json, read_calibration
 from flipkd.data.commit import read_json
+from flipkd.data.find import Shard, find_shards
 from flipkd.data.location import Location, open_location
 from flipkd.data.pairs import IDS_MISSING, TEXTS_MISSING
 from flipkd.data.record_texts import check_ids_fit
 from flipkd.data.records import as_text
-from flipkd.data.shards import Shard, ShardReader, find_shards
+from flipkd.data.shards import ShardReader
 from flipkd.errors import ConfigError
 from flipkd.record_sides import RecordSide
 from flipkd.run.cached_encoder import cache_root
 from flipkd.run.encode import PARTS, EncodePlan, encoder_fingerprint, plan_encode
 from flipkd.run.job import Job, check_device
 from flipkd.run.manifest import WORK_FOLDER
-from flipkd.run.output import refuse_overlap
+from flipkd.run.output import remove_stale_work
+from flipkd.run.overlap import real_uri, refuse_overlap
 from flipkd.run.score import ScoreTask, ScoreWorker, output_columns
 from flipkd.run.units import Plan, fingerprint, plan_units, work_name
 from flipkd.vectors.layout import check_files, is_sealed, read_header
 
 # Key of the manifest: fingerprint of the encoder whose scores these are.
 ENCODER_FACT = "encoder_fingerprint"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,11 @@ class ScorePlan:
     job: Job
     schemas: Mapping[str, pa.Schema]
 
+    @property
+    def works_in_folder(self) -> bool:
+        """Whether there is a ``work_folder``."""
+        return self.config.is_inline or self.config.top_k is not None
+
 
 def plan_score(config: ScoreConfig) -> ScorePlan:
     """Reads footers and headers and decides everything, without starting any work.
@@ -61,7 +71,7 @@ def plan_score(config: ScoreConfig) -> ScorePlan:
         InputError: an input cannot be read.
     """
     pairs, output = open_location(config.pairs), open_location(config.output)
-    refuse_overlap(output, score_inputs(config))
+    refuse_overlap(output, score_inputs(config), config.cache)
     calibrated = None if config.calibration is None else read_calibration(config.calibration)
     calibration = None if calibrated is None else calibrated.calibration
     shards = find_shards(pairs)
@@ -169,6 +179,17 @@ def _store_headers(config: ScoreConfig) -> list[dict[str, Any]]:
     if len(set(forms)) > 1:
         told = " and ".join(f"{option} {path} ({form})" for (option, path), form in zip(named, forms, strict=True))
         raise ConfigError(f"{told} have vectors of different forms; encode both with one --encoder and one --dtype")
+    encoders = {header["encoder"] for header in headers if header.get("encoder") is not None}  # a store need not tell
+    if len(encoders) > 1:
+        told = " and ".join(f"{option} {path}" for option, path in named)
+        logger.warning(
+            "%s were made by different encoders, or by one in different arithmetic or with another maximum length; "
+            "vectors of different encoders cannot be compared",
+            told,
+        )
+    for (option, path), header in zip(named, headers, strict=True):
+        if not header.get("complete", True):
+            logger.warning("%s %s: files or rows of its records could not be read when it was made", option, path)
     return headers
 
 
@@ -205,18 +226,30 @@ def encode_config(config: ScoreConfig, side: RecordSide) -> EncodeConfig:
 
 
 def _store_folder(config: ScoreConfig, plan: EncodePlan) -> str:
-    root = open_location(config.cache) if config.cache else open_location(config.output).child(WORK_FOLDER)
-    if not root.is_local:
-        raise ConfigError("a vector store is mapped into memory: name a local folder for it with --cache")
-    return root.child(f"store-{plan.fingerprint[:16]}").path
+    return _work_root(config).child(f"store-{plan.fingerprint[:16]}").path
 
 
 def work_folder(config: ScoreConfig, plan: Plan, run_fingerprint: str) -> Location:
-    """Of one run over one input; see ``work_name``."""
+    """Of one run over one input; see ``work_name``. In a cache also of one output: other jobs work beside it."""
+    return _work_root(config).child(work_name(plan, run_fingerprint) + _end_of_work_names(config))
+
+
+def remove_stale(config: ScoreConfig, keep: Collection[str]) -> None:
+    """Deletes what killed runs of the same (locked) output left, but for the folders of the names to ``keep``."""
+    remove_stale_work(open_location(config.output).child(WORK_FOLDER), keep)
+    if config.cache is not None:
+        remove_stale_work(open_location(config.cache), keep, _end_of_work_names(config))
+
+
+def _end_of_work_names(config: ScoreConfig) -> str:
+    return "" if config.cache is None else f"-{fingerprint({'output': real_uri(open_location(config.output))})[:8]}"
+
+
+def _work_root(config: ScoreConfig) -> Location:
     root = open_location(config.cache) if config.cache else open_location(config.output).child(WORK_FOLDER)
     if not root.is_local:
         raise ConfigError("a vector store is mapped into memory: name a local folder for it with --cache")
-    return root.child(work_name(plan, run_fingerprint))
+    return root
 
 
 def _check_pairs(

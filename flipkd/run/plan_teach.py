@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from flipkd.config import DEFAULT_LABEL_COLUMN, TeachConfig
+from flipkd.data.find import Shard, find_shards
 from flipkd.data.labels import read_labels
 from flipkd.data.location import Location, open_location
 from flipkd.data.pairs import IDS_MISSING, TEXTS_MISSING
 from flipkd.data.record_texts import check_ids_fit
 from flipkd.data.records import as_text
-from flipkd.data.shards import Shard, ShardReader, find_shards
+from flipkd.data.shards import ShardReader
 from flipkd.data.teacher_scores import TEACHER_COLUMNS, TeacherFacts
 from flipkd.errors import ConfigError, InputError
 from flipkd.models.longest_text import check_max_length
@@ -24,7 +25,7 @@ from flipkd.run.cached_encoder import cache_root
 from flipkd.run.encode import encoder_fingerprint
 from flipkd.run.job import check_device
 from flipkd.run.join import JOIN_REASON, RecordTable, record_tables
-from flipkd.run.output import refuse_overlap
+from flipkd.run.overlap import refuse_overlap
 from flipkd.run.units import Plan, fingerprint, plan_units
 
 _LABEL_ROWS = 1 << 18
@@ -63,7 +64,7 @@ def plan_teach(config: TeachConfig) -> TeachPlan:
     """
     pairs, output = open_location(config.pairs), open_location(config.output)
     inputs = [("--pairs", config.pairs), ("--records", config.records), ("--right-records", config.right_records)]
-    refuse_overlap(output, [(option, open_location(uri)) for option, uri in inputs if uri is not None])
+    refuse_overlap(output, [(option, open_location(uri)) for option, uri in inputs if uri is not None], config.cache)
     kind = teacher_kind(config.teacher.folder)
     if kind == "bi-encoder" and not output.is_local:
         raise ConfigError(

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from flipkd.data.find import Shard
 from flipkd.data.records import as_text
-from flipkd.data.shards import Shard, ShardReader
+from flipkd.data.shards import ShardReader
 from flipkd.data.template import template_fields
 from flipkd.errors import ConfigError
 from flipkd.record_sides import option_of_side

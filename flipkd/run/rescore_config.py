@@ -32,7 +32,7 @@ class RescoreConfig(RecordSides):
         combine: JSON file of a combination (see ``flipkd.run.combination``): the probability of an answered pair comes
             from the LLM's answer and the score. None: it is the LLM's.
         fit_labels: column of labels: at the end a combination is fitted on the answered pairs that have one, and
-            written to the output as ``combination.json``.
+            written to the output as ``_combination.json``.
         rows_per_unit: pairs in one work unit.
     """
 

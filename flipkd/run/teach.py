@@ -7,6 +7,7 @@ may differ from that of (right, left).
 from __future__ import annotations
 
 import os
+import posixpath
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
@@ -22,8 +23,8 @@ from flipkd.run.join import JoinTask, JoinWorker, joined_plan
 from flipkd.run.local import UnitFunction
 from flipkd.run.manifest import WORK_FOLDER
 from flipkd.run.observe import observed
-from flipkd.run.output import locked, prepare, remove_folder
-from flipkd.run.pipeline import encode_inline, skipped_before, summary
+from flipkd.run.output import locked, prepare, remove_folder, remove_stale_work
+from flipkd.run.pipeline import encode_inline, skipped_before, stages_told, summary
 from flipkd.run.plan_teach import TeachPlan, plan_teach
 from flipkd.run.teach_units import BiEncoderWorker, CrossEncoderWorker, TeachTask
 from flipkd.run.texts import TEXT_COLUMN, TextsTask
@@ -57,8 +58,10 @@ def teach(config: TeachConfig) -> dict[str, Any]:
         _vectors_of(vectors)  # something else in their place is refused before anything is deleted
         done = prepare(output, plan.units, config.run.overwrite)
         has_vectors = _check_vectors(planned, vectors, work)
-        stages: dict[str, Any] = {}
-        if len(done) < len(plan.units) or (is_bi_encoder and not has_vectors):
+        remove_stale_work(output.child(WORK_FOLDER), {posixpath.basename(work.path)})
+        is_whole = len(done) == len(plan.units) and (has_vectors or not is_bi_encoder)
+        stages = (stages_told(output, job.fingerprint) if is_whole else None) or {}
+        if not is_whole:
             if planned.tables:
                 plan, stages["join"] = _join(planned, job, work)
             if is_bi_encoder and not has_vectors:

@@ -17,8 +17,9 @@ from typing import Any
 
 import pyarrow as pa
 
+from flipkd.data.find import Shard
 from flipkd.data.location import Location
-from flipkd.data.shards import Shard, ShardReader
+from flipkd.data.shards import ShardReader
 from flipkd.errors import InputError
 
 FINGERPRINT_CHARACTERS = 12

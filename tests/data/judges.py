@@ -22,10 +22,10 @@ import pyarrow.parquet as pq
 
 from benchmarks.score import write_store
 from flipkd.config import EncodeConfig, EncoderOptions, ScoreConfig, TeachConfig
+from flipkd.data.find import find_shards
 from flipkd.data.location import open_location
 from flipkd.data.pairs import REASONS
 from flipkd.data.records import is_bytes_like
-from flipkd.data.shards import find_shards
 from flipkd.errors import FlipkdError
 from flipkd.run.encode import encode
 from flipkd.run.pipeline import score

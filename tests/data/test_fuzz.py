@@ -30,9 +30,10 @@ from hypothesis import strategies as st
 
 from benchmarks.score import write_store
 from flipkd.config import EncodeConfig, EncoderOptions, ScoreConfig, TeachConfig
+from flipkd.data.find import find_shards
 from flipkd.data.location import open_location
 from flipkd.data.record_texts import read_record_texts
-from flipkd.data.shards import ShardReader, find_shards
+from flipkd.data.shards import ShardReader
 from flipkd.errors import ConfigError, FlipkdError, InputError
 from flipkd.run.encode import encode
 from flipkd.run.pipeline import score

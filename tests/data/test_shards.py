@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flipkd.data.commit import ShardWriter
+from flipkd.data.find import Shard, find_shards
 from flipkd.data.location import Location, open_location
-from flipkd.data.shards import Shard, ShardReader, find_shards
+from flipkd.data.shards import ShardReader
 from flipkd.errors import ConfigError, InputError, OutputError
 from flipkd.run.units import plan_units
 
@@ -198,3 +199,41 @@ def test_other_filesystems_are_read_and_written() -> None:
     (shard,) = find_shards(root)
     assert read_all(root, shard).equals(table)
     fsspec.filesystem("memory").rm("/flipkd-shards", recursive=True)
+
+
+def test_a_link_to_nothing_is_refused(tmp_path: Path) -> None:
+    """An unmounted disk must not look like fewer rows."""
+    (tmp_path / "sub").mkdir()
+    pq.write_table(pa.table({"id": [1]}), tmp_path / "a.parquet")
+    (tmp_path / "sub/gone.txt").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "_gone.parquet").symlink_to(tmp_path / "nowhere")
+    assert len(find_shards(open_location(tmp_path))) == 1
+    (tmp_path / "sub/gone.parquet").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"sub/gone\.parquet is a link to a file that is not there"):
+        find_shards(open_location(tmp_path))
+
+
+def test_a_link_to_a_folder_above_is_refused_and_one_to_another_is_followed(tmp_path: Path) -> None:
+    """Else each file would be read as often as a path may be long."""
+    table = tmp_path / "table" / "sub"
+    table.mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    for folder in (table, tmp_path / "other"):
+        pq.write_table(pa.table({"id": [1]}), folder / "a.parquet")
+    (tmp_path / "table" / "linked").symlink_to(tmp_path / "other")
+    location = open_location(tmp_path / "table")
+    assert [shard.name for shard in find_shards(location)] == ["linked/a.parquet", "sub/a.parquet"]
+    (table / "loop").symlink_to(tmp_path / "table")
+    with pytest.raises(InputError, match=r"sub/loop is a link to a folder that it lies in; remove it"):
+        find_shards(location)
+
+
+def test_what_is_no_file_or_has_a_name_that_is_no_text_is_named(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.parquet")
+    with pytest.raises(InputError, match=r"pipe\.parquet is not a file"):
+        find_shards(open_location(tmp_path))
+    (tmp_path / "pipe.parquet").unlink()
+    with open(os.fsencode(tmp_path) + b"/bad\xff.parquet", "wb"):
+        pass
+    with pytest.raises(InputError, match=r"bad\\xff\.parquet has a name that is not UTF-8; rename it"):
+        find_shards(open_location(tmp_path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +11,14 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 from flipkd.errors import ModelError
 from flipkd.models.encoder import load_encoder
 from flipkd.models.folder import find_folder, read_folder
+
+from .conftest import MakeFolder, wrapped
 
 Change = Callable[[Path], None]
 
@@ -118,6 +123,30 @@ def test_truncated_weights_are_a_model_error(folder: Path, minilm_dir: Path) -> 
 def test_missing_weights_are_not_filled_with_random_numbers(folder: Path) -> None:
     edit("config.json", num_hidden_layers=7)(folder)
     with pytest.raises(ModelError, match=r"weights are missing.*layer\.6"):
+        load_encoder(folder)
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama", "roberta"])
+@pytest.mark.parametrize("number", [float("nan"), float("-inf")])
+def test_weights_that_are_not_numbers_are_refused(
+    make_folder: MakeFolder, small_vocabulary: Tokenizer, kind: str, number: float
+) -> None:
+    """A query of NaN gives finite vectors: PyTorch's attention takes it for one that sees nothing."""
+    folder = make_folder(kind, wrapped(small_vocabulary, pad_token="<pad>"), "mean")
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    name = next(name for name in weights if name.endswith(("query.weight", "q_proj.weight")))
+    weights[name][3, 5] = number
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=rf"the weight {re.escape(name)} holds NaN or infinite numbers"):
+        load_encoder(folder)
+
+
+def test_a_folder_without_a_vocabulary_is_refused(folder: Path) -> None:
+    """transformers makes a tokenizer of the special tokens alone: every text would be the same."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
+        (folder / name).unlink(missing_ok=True)
+    with pytest.raises(ModelError, match=r"its tokenizer knows no word; tokenizer\.json"):
         load_encoder(folder)
 
 

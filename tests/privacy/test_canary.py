@@ -160,7 +160,7 @@ FAILING = {
     "a stratum that is a text": "must be numbers",
     "a list": "no plain text form",
     "a calibration that is none": "expected a JSON object",
-    "a combination that is none": "expected a combination.json",
+    "a combination that is none": "expected a _combination.json",
     "a prompt with a placeholder": "placeholder",
     "records with a floating id": "id",
 }

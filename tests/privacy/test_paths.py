@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 
 from flipkd.config import EncodeConfig, EncoderOptions, RunOptions, ScoreConfig
 from flipkd.data.calibration import read_calibration
+from flipkd.data.find import find_shards
 from flipkd.data.folders import SEAL, check_replaceable, is_whole, publish_folder, remove_unpublished
 from flipkd.data.location import open_location
-from flipkd.data.shards import find_shards
 from flipkd.distill.run_folder import RUN_FILE, RunFolder
 from flipkd.errors import FlipkdError, InputError, ModelError, OutputError
 from flipkd.models.export import export

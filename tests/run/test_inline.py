@@ -256,3 +256,44 @@ def test_more_than_two_gib_of_text_in_one_row_group(world: World, tmp_path: Path
 
 def test_the_worlds_vectors_are_real(world: World) -> None:
     assert load_encoder(world.encoder).dim == 384
+
+
+def test_narrow_decimals_are_texts_too(world: World, tmp_path: Path) -> None:
+    """Arrow cannot make a dictionary of decimal32 and decimal64."""
+    for kind in (pa.decimal32(5, 2), pa.decimal64(12, 2)):
+        numbers = pa.array(["1.50", "12.00", None]).cast(kind)
+        folder = tmp_path / str(kind.bit_width)
+        folder.mkdir()
+        score(inline(folder, world.encoder, [pa.table({"left_text": numbers, "right_text": ["1.50", "x", "y"]})]))
+        found = read_scores(folder / "out").to_pylist()
+        assert found[0]["score"] == pytest.approx(1.0, abs=1e-5)
+        assert found[2]["reason"] == "missing_text"
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_texts_of_a_broken_off_run_go_when_another_takes_its_place(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool
+) -> None:
+    """Of the same output with other options: its work folder has another name."""
+    left, right = world.texts
+    cache = str(tmp_path / "cache") if cached else None
+    task = inline(tmp_path, world.encoder, [texts(left[:9], right[:9])], cache=cache)
+    work = tmp_path / ("cache" if cached else "out/.flipkd")
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise InputError("the power went away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("flipkd.run.pipeline.encode_planned", broken)
+        for config in (task, replace(task, output=str(tmp_path / "other"))):
+            with pytest.raises(InputError, match="power"):
+                score(config)
+    assert list(work.glob("work-*/texts/*.parquet"))
+    score(replace(task, threshold=0.5))
+    assert len(list(work.glob("work-*"))) == (1 if cached else 0)  # that of the other output, whose job may be alive
+
+
+def test_an_empty_name_is_not_the_current_folder(world: World, tmp_path: Path) -> None:
+    task = inline(tmp_path, world.encoder, [texts(["a"], ["b"])])
+    with pytest.raises(ConfigError, match="has an empty name"):
+        score(replace(task, output=""))

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from flipkd.config import EncodeConfig, EncoderOptions, RunOptions, ScoreConfig
+from flipkd.data.find import find_shards
 from flipkd.data.location import open_location
-from flipkd.data.shards import find_shards
 from flipkd.errors import ConfigError, OutputError
 from flipkd.run.encode import encode
 from flipkd.run.pipeline import score

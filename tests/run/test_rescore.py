@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 
 from flipkd.cli import main
 from flipkd.config import RunOptions
+from flipkd.data.find import find_shards
 from flipkd.data.location import open_location
-from flipkd.data.shards import find_shards
 from flipkd.errors import ConfigError, InputError, OutputError
 from flipkd.models.llm import load_llm
 from flipkd.models.llm_options import LlmOptions
@@ -165,9 +165,9 @@ def test_budgets_are_exact_and_checked() -> None:
 def test_a_combination_is_fitted_written_and_used(make_scores: MakeScores, llm_dir: Path, tmp_path: Path) -> None:
     scores = make_scores(files=3)
     rescore(config(scores, llm_dir, tmp_path / "first", fit_labels="label"))
-    combination = read_combination(str(tmp_path / "first" / "combination.json"))
+    combination = read_combination(str(tmp_path / "first" / "_combination.json"))
     manifest = rescore(
-        config(scores, llm_dir, tmp_path / "second", combine=str(tmp_path / "first" / "combination.json"))
+        config(scores, llm_dir, tmp_path / "second", combine=str(tmp_path / "first" / "_combination.json"))
     )
     found = read(tmp_path / "second")
     llm, score, probability = (

@@ -20,8 +20,8 @@ from click.testing import CliRunner
 
 from flipkd.cli import main
 from flipkd.config import EncodeConfig, EncoderOptions, RunOptions, ScoreConfig
+from flipkd.data.find import find_shards
 from flipkd.data.location import open_location
-from flipkd.data.shards import find_shards
 from flipkd.errors import ConfigError, FlipkdError, InputError, OutputError
 from flipkd.run.encode import encode
 from flipkd.run.manifest import UnitReport
@@ -349,6 +349,29 @@ def test_a_bad_shard_fails_by_name_or_is_skipped_and_counted(
     manifest = score(skipping)
     assert manifest["complete"]
     assert (manifest["rows_out"], manifest["units_resumed"]) == (90, 2)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_partial_run_stays_partial_when_it_is_called_again(world: World, tmp_path: Path, cached: bool) -> None:
+    """Records that cannot be read are still missing from the scores: a scheduler's second try must not end as done."""
+    (tmp_path / "records").mkdir()
+    pq.write_table(pa.table({"id": [1, 2], "text": ["a", "b"]}), tmp_path / "records/a.parquet")
+    (tmp_path / "records/b.parquet").write_bytes(b"PAR1 and no more PAR1")
+    (tmp_path / "pairs").mkdir()
+    pq.write_table(pa.table({"left_id": [1, 3], "right_id": [2, 1]}), tmp_path / "pairs/a.parquet")
+    task = ScoreConfig(
+        pairs=str(tmp_path / "pairs"), output=str(tmp_path / "out"), encoder=EncoderOptions(world.encoder),
+        records=str(tmp_path / "records"), cache=str(tmp_path / "cache") if cached else None,
+        run=RunOptions(on_bad_shard="skip"),
+    )  # fmt: skip
+    first = score(task)
+    second = score(task)
+    for manifest in (first, second):
+        assert not manifest["complete"]
+        assert [bad["name"] for bad in manifest["stages"]["encode_left"]["skipped_shards"]] == ["b.parquet"]
+    assert second["units_resumed"] == 1
+    os.unlink(tmp_path / "out/_manifest.json")  # as if it had been killed just before it was written
+    assert not score(task)["complete"]
 
 
 def test_a_page_that_is_broken_inside_is_found(world: World, make_pairs: MakePairs, tmp_path: Path) -> None:

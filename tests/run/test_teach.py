@@ -26,9 +26,9 @@ from transformers import AutoTokenizer, BertConfig, BertForSequenceClassificatio
 import flipkd
 from flipkd.cli import main
 from flipkd.config import EncoderOptions, RunOptions, TeachConfig
+from flipkd.data.find import find_shards
 from flipkd.data.location import open_location
 from flipkd.data.records import text_digests
-from flipkd.data.shards import find_shards
 from flipkd.data.teacher_scores import TEACHER_VECTORS, TeacherFacts, read_teacher_facts
 from flipkd.errors import ConfigError, ConflictingRecordsError, InputError, ModelError, OutputError
 from flipkd.run import teach as teach_module
@@ -361,6 +361,23 @@ def test_types_of_ids(world: World, tmp_path: Path, kind: pa.DataType) -> None:
     teach(task)
     second = None if kind == pa.uint64() else "missing_record"  # -1 is not 2**64 - 1
     assert read_scores(tmp_path / "out").column("reason").to_pylist() == [None, second, "missing_record"]
+
+
+def test_ids_beyond_those_of_the_records_are_of_no_record(world: World, tmp_path: Path) -> None:
+    (tmp_path / "records").mkdir()
+    pq.write_table(pa.table({"id": [1, 2], "text": ["a", "b"]}), tmp_path / "records/a.parquet")
+    (tmp_path / "pairs").mkdir()
+    ids = pa.array([1, 2**64 - 5], pa.uint64())
+    pq.write_table(pa.table({"left_id": ids, "right_id": ids}), tmp_path / "pairs/a.parquet")
+    teach(
+        TeachConfig(
+            EncoderOptions(world.encoder),
+            str(tmp_path / "pairs"),
+            str(tmp_path / "out"),
+            records=str(tmp_path / "records"),
+        )
+    )
+    assert read_scores(tmp_path / "out").column("reason").to_pylist() == [None, "missing_record"]
 
 
 @pytest.mark.parametrize("kind", ["bi-encoder", "cross-encoder", "ids"])

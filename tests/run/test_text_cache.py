@@ -407,3 +407,43 @@ def test_a_cache_of_many_segments_is_merged_on_the_way(
     assert merged
     assert max(merged) <= 5
     assert counts(encode(replace(task, output=str(tmp_path / "again")))) == (0, RECORDS)
+
+
+def test_jobs_that_share_a_cache_do_not_touch_each_other(world: World, tmp_path: Path) -> None:
+    """The same pairs into two outputs, and other pairs of the same records, all at once."""
+    for name, rows in (("a", range(12)), ("b", range(6, 18))):
+        (tmp_path / name).mkdir()
+        ids = [record_id(row) for row in rows]
+        pq.write_table(pa.table({"left_id": ids, "right_id": ids[::-1]}), tmp_path / name / "0.parquet")
+    (tmp_path / "inline").mkdir()
+    texts = [f"text {number % 40}" for number in range(200)]
+    pq.write_table(pa.table({"left_text": texts, "right_text": texts[::-1]}), tmp_path / "inline/0.parquet")
+    common = ["--encoder", world.encoder, "--cache", str(tmp_path / "cache"), "--rows-per-unit", "20"]
+    jobs = [
+        *(["--pairs", str(tmp_path / "inline"), "--output", str(tmp_path / f"out-{number}")] for number in range(2)),
+        *(
+            ["--pairs", str(tmp_path / name), "--records", world.left, "--output", str(tmp_path / f"out-{name}")]
+            for name in "ab"
+        ),
+    ]
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-m", "flipkd.cli", "score", *common, *job], stderr=subprocess.PIPE, text=True
+        )
+        for job in jobs
+    ]
+    told = [process.communicate(timeout=300)[1] for process in running]
+    assert [process.returncode for process in running] == [0, 0, 0, 0], told
+    assert [name for name in os.listdir(tmp_path / "cache") if name.startswith("work-")] == []
+
+
+@pytest.mark.parametrize("place", ["out", "out/cache", "pairs/cache"])
+def test_a_cache_in_an_output_or_an_input_is_refused(world: World, tmp_path: Path, place: str) -> None:
+    (tmp_path / "pairs").mkdir()
+    pq.write_table(pa.table({"left_text": ["a"], "right_text": ["b"]}), tmp_path / "pairs/0.parquet")
+    task = ScoreConfig(
+        pairs=str(tmp_path / "pairs"), output=str(tmp_path / "out"), encoder=EncoderOptions(world.encoder),
+        cache=str(tmp_path / place),
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=rf"--cache .*{place} lies in --(output|pairs) .*; choose another --cache"):
+        score(task)

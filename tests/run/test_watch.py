@@ -26,8 +26,8 @@ from click.testing import CliRunner
 
 from flipkd.cli import main
 from flipkd.config import EncodeConfig, EncoderOptions, RunOptions
+from flipkd.data.find import Shard
 from flipkd.data.location import open_location
-from flipkd.data.shards import Shard
 from flipkd.distill.config import TrainConfig
 from flipkd.distill.train import train
 from flipkd.errors import InputError
