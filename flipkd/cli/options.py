@@ -19,6 +19,8 @@ from flipkd.logs import COMMAND_LOGGER, LOG_FORMATS, LogFormat, LogOptions, curr
 from flipkd.record_sides import RecordSides
 
 F = TypeVar("F", bound=Callable[..., Any])
+# Options that take several values with commas between them; in a configuration file these may be a list.
+_COMMA_SEPARATED = ("columns", "key", "labels", "rescore_labels", "target_modules")
 _RUN = (
     "ray", "workers", "min_workers", "threads", "gpus", "on_bad_shard", "max_retries", "max_failed_units",
     "stall_timeout_s", "start_timeout_s", "overwrite", "progress", "metrics_file",
@@ -47,17 +49,47 @@ def _load_config(ctx: click.Context, _: click.Parameter, path: str | None) -> st
         name = str(known[flag].name)
         if name in defaults:  # once with - and once with _, or by both of its names
             raise click.BadParameter(f"{path}: option {key!r} stands twice")
-        repeats = getattr(known[flag], "multiple", False)  # such an option takes the list itself
-        if repeats:
-            defaults[name] = value if isinstance(value, list) else [value]
-        else:
-            defaults[name] = ",".join(map(str, value)) if isinstance(value, list) else value
         try:
+            defaults[name] = _value_of(known[flag], value)
             known[flag].type_cast_value(ctx, defaults[name])
         except click.BadParameter as error:
             raise click.BadParameter(f"{path}: {key}: {error.message}") from error
     ctx.default_map = {**(ctx.default_map or {}), **defaults}
     return path
+
+
+def _value_of(parameter: click.Parameter, value: Any) -> Any:
+    """A value of a configuration file as the option takes it; click itself would make 1 of 1.9, and text of anything.
+
+    Raises:
+        click.BadParameter: it is of another type.
+    """
+    if getattr(parameter, "multiple", False):
+        return [_text(one) for one in (value if isinstance(value, list) else [value])]
+    if isinstance(value, list):
+        if parameter.name not in _COMMA_SEPARATED:
+            raise click.BadParameter("takes one value, not a list")
+        return ",".join(map(_text, value))
+    if value is None:
+        return None
+    kind = parameter.type
+    if isinstance(kind, click.types.BoolParamType):
+        fits, wanted = isinstance(value, bool), "true or false"
+    elif isinstance(kind, click.types.IntParamType):
+        fits, wanted = isinstance(value, int) and not isinstance(value, bool), "a whole number"
+    elif isinstance(kind, click.types.FloatParamType):
+        fits, wanted = isinstance(value, int | float) and not isinstance(value, bool), "a number"
+    else:
+        return _text(value)
+    if not fits:
+        raise click.BadParameter(f"must be {wanted}, not {value!r}")
+    return value
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool) or value is None:  # YAML takes yes, no and ~ for such
+        raise click.BadParameter(f"must be text, not {value!r}; put it in quotes")
+    return str(value)
 
 
 def _options(*decorators: Callable[[F], F]) -> Callable[[F], F]:

@@ -56,8 +56,6 @@ def find_shards(location: Location) -> list[Shard]:
     if info.type == pafs.FileType.File:
         if not location.path.lower().endswith(PARQUET_SUFFIXES):
             _check_parquet(location)
-        if is_hidden(posixpath.basename(location.path)):  # what is made of it would have such a name too
-            raise InputError(f"{location.uri}: a name that begins with _ or . is of files that are no data; rename it")
         return [_shard(info, posixpath.basename(location.path))]
     shards, others, folders = [], 0, [location.path] if location.is_local else []
     selector = pafs.FileSelector(location.path, recursive=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from flipkd.data.find import Shard
+from flipkd.data.find import Shard, is_hidden
 from flipkd.data.location import Location
 from flipkd.data.shards import ShardReader
 from flipkd.errors import InputError
@@ -124,9 +124,13 @@ def plan_units(
         check: looks at the schema of each file while it is open; it may be called on several threads.
 
     Raises:
-        InputError: a footer cannot be read.
+        InputError: a footer cannot be read, or a file that was named itself has a name that says that it is no data:
+            the outputs, named after it, would say so too.
         ConfigError: what ``check`` raises.
     """
+    for shard in shards:
+        if is_hidden(posixpath.basename(shard.name)):
+            raise InputError(f"{shard.path}: names that begin with _ or . are of files that are no data; rename it")
     # A footer is a few small reads: threads hide their latency, on a disk and still more on an object store.
     with ThreadPoolExecutor(max_workers=16) as pool:
         footers = list(pool.map(lambda shard: _row_group_rows(location, shard, skip_bad_shards, check), shards))

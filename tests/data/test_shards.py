@@ -237,3 +237,12 @@ def test_what_is_no_file_or_has_a_name_that_is_no_text_is_named(tmp_path: Path) 
         pass
     with pytest.raises(InputError, match=r"bad\\xff\.parquet has a name that is not UTF-8; rename it"):
         find_shards(open_location(tmp_path))
+
+
+def test_a_file_whose_name_says_that_it_is_no_data_makes_no_outputs(tmp_path: Path) -> None:
+    """They would have such names too, and neither a rerun nor ``evaluate`` would see them."""
+    pq.write_table(pa.table({"id": [1]}), tmp_path / "_x.parquet")
+    location = open_location(tmp_path / "_x.parquet")
+    shards = find_shards(location)  # to read it is no harm
+    with pytest.raises(InputError, match=r"_x\.parquet: names that begin with _ or \. .*; rename it"):
+        plan_units(location, shards, 10, "run")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import subprocess
@@ -107,10 +108,41 @@ def test_options_from_a_file_and_a_flag_that_wins(
     path.write_text("min-score: high\n" if suffix == "yaml" else 'min-score = "high"\n')
     code, _, err = run("score", "--config", str(path), "--output", str(tmp_path / "c"))
     assert code == 2
-    assert f"{path}: min-score: 'high' is not a valid float" in " ".join(err.split())
+    assert f"{path}: min-score: must be a number, not 'high'" in " ".join(err.split())
     path.write_text("[" if suffix == "yaml" else "=")
     code, _, err = run("score", "--config", str(path), "--output", str(tmp_path / "c"))
     assert code == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("rows-per-unit: 1.5", "rows-per-unit: must be a whole number, not 1.5"),
+        ("top-k: true", "top-k: must be a whole number, not True"),
+        ("threshold: true", "threshold: must be a number, not True"),
+        ("overwrite: 2", "overwrite: must be true or false, not 2"),
+        ("output: yes", "output: must be text, not True; put it in quotes"),
+        ("output: [a, b]", "output: takes one value, not a list"),
+        ("columns: [score, null]", "columns: must be text, not None; put it in quotes"),
+    ],
+)
+def test_values_of_another_type_in_a_file(tmp_path: Path, line: str, told: str) -> None:
+    """click makes 1 of 1.9, and takes whatever it is given for text."""
+    path = tmp_path / "options.yaml"
+    path.write_text(line + "\n")
+    code, _, err = run("score", "--config", str(path), "--pairs", "p", "--store", "s")
+    assert code == 2
+    assert told in " ".join(err.split())
+
+
+def test_a_number_may_name_a_folder(world: World, make_pairs: MakePairs, tmp_path: Path) -> None:
+    """A date, say."""
+    path = tmp_path / "options.yaml"
+    path.write_text(f"pairs: {make_pairs()}\nstore: {world.left_store}\noutput: 20261125\noverwrite: false\n")
+    with contextlib.chdir(tmp_path):
+        code, _, err = run("score", "--config", str(path))
+    assert code == 0, err
+    assert (tmp_path / "20261125" / "_manifest.json").exists()
 
 
 def test_progress_in_a_log_is_plain_lines(world: World, make_pairs: MakePairs, tmp_path: Path) -> None:
