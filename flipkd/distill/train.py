@@ -38,7 +38,7 @@ from flipkd.models.student import Student
 from flipkd.run.job import available_cores
 from flipkd.run.manifest import versions
 from flipkd.run.output import locked
-from flipkd.run.overlap import refuse_overlap
+from flipkd.run.overlap import refuse_other_kind, refuse_overlap
 from flipkd.run.progress import progress_bar
 from flipkd.run.units import fingerprint
 
@@ -59,6 +59,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         raise ConfigError(f"--output {output.uri}: a run's folder must be local (or on a shared disk)")
     inputs = [("--pairs", config.pairs), ("--validation", config.validation), ("--unlabelled", config.unlabelled)]
     refuse_overlap(output, [(option, open_location(uri)) for option, uri in inputs if uri is not None])
+    refuse_other_kind(output, "train")
     with locked(output):
         if config.run.ray is None:
             torch.set_num_threads(config.run.threads or available_cores())

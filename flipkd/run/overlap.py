@@ -1,12 +1,25 @@
-"""Folders of a job that must not lie in one another."""
+"""What an output folder must not be: in an input, around one, or that of another kind of job."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable
 
+from flipkd.data.commit import read_json
 from flipkd.data.location import Location, open_location
-from flipkd.errors import ConfigError
+from flipkd.distill.run_folder import RUN_FILE
+from flipkd.errors import ConfigError, OutputError
+from flipkd.run.manifest import MANIFEST, PLAN
+from flipkd.vectors.layout import HEADER_FILE
+
+# What each kind of job leaves.
+_COMMANDS = {
+    "score": "scores",
+    "rescore": "scores",
+    "teach": "pairs with a teacher's scores",
+    "encode": "a vector store",
+    "train": "a run of train",
+}
 
 
 def refuse_overlap(output: Location, inputs: Iterable[tuple[str, Location]], cache: str | None = None) -> None:
@@ -37,3 +50,26 @@ def _lies_in(inner: Location, outer: Location) -> bool:
 def real_uri(location: Location) -> str:
     """One name for one place, whatever links lead there."""
     return os.path.realpath(location.path) if location.is_local else location.uri.rstrip("/")
+
+
+def refuse_other_kind(output: Location, kind: str) -> None:
+    """Refuses a folder that holds what another kind of job has made: each would delete or hide parts of the other's.
+
+    Args:
+        output: of the job.
+        kind: ``score``, ``rescore``, ``teach``, ``encode`` or ``train``; what score and rescore write is of one kind.
+
+    Raises:
+        OutputError: names the folder and the other kind.
+    """
+    found = [
+        (read_json(output, MANIFEST) or {}).get("kind"),
+        (read_json(output, PLAN) or {}).get("kind"),
+        "encode" if "fingerprint" in (read_json(output, HEADER_FILE) or {}) else None,
+        "train" if "fingerprint" in (read_json(output, RUN_FILE) or {}) else None,
+    ]
+    for other in found:
+        if other in _COMMANDS and _COMMANDS[other] != _COMMANDS[kind]:
+            raise OutputError(
+                f"--output {output.uri} holds {_COMMANDS[other]}, not {_COMMANDS[kind]}; choose another folder"
+            )

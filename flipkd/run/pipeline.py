@@ -25,6 +25,7 @@ from flipkd.run.job import Job, plan_facts, run_job
 from flipkd.run.manifest import MANIFEST, UnitReport
 from flipkd.run.observe import observed
 from flipkd.run.output import locked, prepare, remove_folder, remove_outputs
+from flipkd.run.overlap import refuse_other_kind
 from flipkd.run.plan_score import ScorePlan, plan_score, remove_stale, work_folder
 from flipkd.run.score import ScoreWorker
 from flipkd.run.texts import SAMPLE_ROWS, TEXT_COLUMN, TextsTask, TextsWorker, estimate_distinct, merge_texts
@@ -44,6 +45,7 @@ def score(config: ScoreConfig) -> dict[str, Any]:
     job = planned.job
     with locked(job.output), observed("score", config.run, job.output):
         # Whose folder it is must be known before hours of encoding.
+        refuse_other_kind(job.output, "score")
         done = prepare(job.output, job.plan.units, config.run.overwrite)
         own = [work_folder(config, job.plan, planned.task.run_fingerprint).path] if planned.works_in_folder else []
         own += [plan.config.output for plan in planned.encodes]

@@ -32,6 +32,7 @@ from flipkd.run.join import RecordTable, texts_of_ids
 from flipkd.run.manifest import UnitReport
 from flipkd.run.observe import observed
 from flipkd.run.output import locked
+from flipkd.run.overlap import refuse_other_kind
 from flipkd.run.plan_rescore import LLM_PROBABILITY, RESCORE_REASON, RescorePlan, plan_rescore
 from flipkd.run.rescore_config import RescoreConfig, budget_rows
 from flipkd.run.score import TEXT_BATCH_ROWS
@@ -198,6 +199,7 @@ def rescore(config: RescoreConfig) -> dict[str, Any]:
     """
     planned = plan_rescore(config)
     with locked(planned.output), observed("rescore", config.run, planned.output):
+        refuse_other_kind(planned.output, "rescore")
         return rescore_planned(planned, {})
 
 

@@ -24,6 +24,7 @@ from flipkd.run.local import UnitFunction
 from flipkd.run.manifest import WORK_FOLDER
 from flipkd.run.observe import observed
 from flipkd.run.output import locked, prepare, remove_folder, remove_stale_work
+from flipkd.run.overlap import refuse_other_kind
 from flipkd.run.pipeline import encode_inline, skipped_before, stages_told, summary
 from flipkd.run.plan_teach import TeachPlan, plan_teach
 from flipkd.run.teach_units import BiEncoderWorker, CrossEncoderWorker, TeachTask
@@ -55,6 +56,7 @@ def teach(config: TeachConfig) -> dict[str, Any]:
     work = output.child(WORK_FOLDER).child(work_name(plan, planned.run_fingerprint))
     job = _teach_job(planned, work, vectors)
     with locked(output), observed("teach", config.run, output):
+        refuse_other_kind(output, "teach")
         _vectors_of(vectors)  # something else in their place is refused before anything is deleted
         done = prepare(output, plan.units, config.run.overwrite)
         has_vectors = _check_vectors(planned, vectors, work)

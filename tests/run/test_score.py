@@ -19,7 +19,7 @@ import pytest
 from click.testing import CliRunner
 
 from flipkd.cli import main
-from flipkd.config import EncodeConfig, EncoderOptions, RunOptions, ScoreConfig
+from flipkd.config import EncodeConfig, EncoderOptions, RunOptions, ScoreConfig, TeachConfig
 from flipkd.data.find import find_shards
 from flipkd.data.location import open_location
 from flipkd.errors import ConfigError, FlipkdError, InputError, OutputError
@@ -28,6 +28,7 @@ from flipkd.run.manifest import UnitReport
 from flipkd.run.pipeline import dry_run, score
 from flipkd.run.score import ScoreWorker
 from flipkd.run.status import status
+from flipkd.run.teach import teach
 from flipkd.run.units import WorkUnit, plan_units
 from tests.run.conftest import RECORDS, World, record_id
 from tests.run.test_kill import contents
@@ -633,3 +634,26 @@ def test_a_full_disk_is_noticed_before_work_starts(
     monkeypatch.setattr(output.shutil, "disk_usage", lambda _: usage._replace(free=10))
     with pytest.raises(OutputError, match="MB free"):
         score(config(world, make_pairs(), tmp_path / "out"))
+
+
+def test_a_folder_of_another_kind_of_job_is_refused_even_with_overwrite(
+    world: World, make_pairs: MakePairs, tmp_path: Path
+) -> None:
+    """Each would replace the other's manifest, and delete or leave parts of it."""
+    over = RunOptions(overwrite=True)
+    store = EncodeConfig(EncoderOptions(world.encoder), world.left, str(tmp_path / "store"))
+    encode(store)
+    pairs = make_pairs()
+    score(config(world, pairs, tmp_path / "scores"))
+    with pytest.raises(OutputError, match="store holds a vector store, not scores; choose another folder"):
+        score(config(world, pairs, tmp_path / "store", run=over))
+    with pytest.raises(OutputError, match="scores holds scores, not a vector store"):
+        encode(replace(store, output=str(tmp_path / "scores"), run=over))
+    lesson = TeachConfig(
+        EncoderOptions(world.encoder), str(pairs), str(tmp_path / "scores"), records=world.left, run=over
+    )
+    with pytest.raises(OutputError, match="scores holds scores, not pairs with a teacher's scores"):
+        teach(replace(lesson, right_records=world.right))
+    again = score(config(world, pairs, tmp_path / "scores"))
+    assert again["units_resumed"] == again["units"] > 0
+    assert encode(store)["complete"]
