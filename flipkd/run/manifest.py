@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from flipkd.data.commit import read_json
 from flipkd.data.json_files import check_fields, parse_object
 from flipkd.data.location import Location, reason
 from flipkd.errors import InputError
@@ -26,6 +27,14 @@ WORK_FOLDER = ".flipkd"
 PLAN = f"{WORK_FOLDER}/plan.json"
 UNIT_KEY = "flipkd.unit"
 SOURCE_KEY = "flipkd.source"
+
+
+def glance(output: Location, name: str) -> dict[str, Any]:
+    """What a JSON file of a job tells; nothing where it is not there or damaged: it is written again."""
+    try:
+        return read_json(output, name) or {}
+    except InputError:
+        return {}
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
-from flipkd.data.commit import read_json
 from flipkd.data.location import Location, open_location
 from flipkd.distill.run_folder import RUN_FILE
 from flipkd.errors import ConfigError, OutputError
-from flipkd.run.manifest import MANIFEST, PLAN
+from flipkd.run.manifest import MANIFEST, PLAN, glance
 from flipkd.vectors.layout import HEADER_FILE
 
 # What each kind of job leaves.
@@ -63,13 +62,13 @@ def refuse_other_kind(output: Location, kind: str) -> None:
         OutputError: names the folder and the other kind.
     """
     found = [
-        (read_json(output, MANIFEST) or {}).get("kind"),
-        (read_json(output, PLAN) or {}).get("kind"),
-        "encode" if "fingerprint" in (read_json(output, HEADER_FILE) or {}) else None,
-        "train" if "fingerprint" in (read_json(output, RUN_FILE) or {}) else None,
+        glance(output, MANIFEST).get("kind"),
+        glance(output, PLAN).get("kind"),
+        "encode" if "fingerprint" in glance(output, HEADER_FILE) else None,
+        "train" if "fingerprint" in glance(output, RUN_FILE) else None,
     ]
     for other in found:
-        if other in _COMMANDS and _COMMANDS[other] != _COMMANDS[kind]:
+        if isinstance(other, str) and other in _COMMANDS and _COMMANDS[other] != _COMMANDS[kind]:
             raise OutputError(
                 f"--output {output.uri} holds {_COMMANDS[other]}, not {_COMMANDS[kind]}; choose another folder"
             )

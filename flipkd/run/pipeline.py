@@ -22,7 +22,7 @@ from flipkd.run.encode import (
     plan_encode,
 )
 from flipkd.run.job import Job, plan_facts, run_job
-from flipkd.run.manifest import MANIFEST, UnitReport
+from flipkd.run.manifest import MANIFEST, UnitReport, glance
 from flipkd.run.observe import observed
 from flipkd.run.output import locked, prepare, remove_folder, remove_outputs
 from flipkd.run.overlap import refuse_other_kind
@@ -88,8 +88,10 @@ def stages_told(output: Location, run_fingerprint: str) -> dict[str, Any] | None
     Records that could not be read are missing from outputs that are there, so the run is partial however often it is
     called.
     """
-    manifest = read_json(output, MANIFEST) or {}
-    return manifest.get("stages", {}) if manifest.get("fingerprint") == run_fingerprint else None
+    manifest = glance(output, MANIFEST)
+    stages = manifest.get("stages", {})
+    is_whole = isinstance(stages, dict) and all(isinstance(stage, dict) for stage in stages.values())
+    return stages if is_whole and manifest.get("fingerprint") == run_fingerprint else None
 
 
 def dry_run(config: ScoreConfig) -> dict[str, Any]:
