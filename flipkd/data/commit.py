@@ -113,13 +113,27 @@ def _upload(path: str, target: Location) -> None:
         raise
 
 
+_NEEDS_ROOM = "free some space and run again, finished units are kept"
+# For errors that are the same again when the job runs again.
+_WAYS_OUT = {
+    errno.ENOSPC: _NEEDS_ROOM,
+    errno.EDQUOT: _NEEDS_ROOM,
+    errno.ENAMETOOLONG: "give the input files shorter names: outputs are named after them",
+    errno.ENOTDIR: "a file stands where a folder should be; choose another",
+    errno.EISDIR: "a folder stands where a file should be; choose another",
+    errno.EROFS: "the disk cannot be written to; choose another",
+    errno.EACCES: "you may not write there; choose another, or change its permissions",
+    errno.EPERM: "you may not write there; choose another, or change its permissions",
+}
+
+
 @contextlib.contextmanager
 def writing(target: str) -> Iterator[None]:
     """Turns errors of the operating system while writing ``target`` into an OutputError that names it."""
     try:
         yield
     except OSError as error:
-        hint = "free some space and run again, finished units are kept" if error.errno == errno.ENOSPC else "run again"
+        hint = _WAYS_OUT.get(error.errno or 0, "run again")
         raise OutputError(f"cannot write {target}: {reason(error)}; {hint}") from error
 
 

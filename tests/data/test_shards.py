@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flipkd.data.commit import ShardWriter
+from flipkd.data.commit import ShardWriter, writing
 from flipkd.data.find import Shard, find_shards
 from flipkd.data.location import Location, open_location
 from flipkd.data.shards import ShardReader
@@ -188,6 +189,20 @@ def test_writing_where_a_file_stands_is_a_clear_error(tmp_path: Path) -> None:
     schema = pa.schema([("id", pa.int64())])
     with pytest.raises(OutputError, match=r"cannot write .*out/a\.parquet"):
         ShardWriter(open_location(tmp_path / "out"), "a.parquet", schema, {}, {})
+
+
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [
+        (errno.ENAMETOOLONG, "shorter names"),
+        (errno.ENOSPC, "free some space and run again"),
+        (errno.ENOTDIR, "a file stands where a folder should be"),
+        (errno.EIO, "run again"),
+    ],
+)
+def test_the_way_out_is_one_that_helps(number: int, told: str) -> None:
+    with pytest.raises(OutputError, match=rf"cannot write there: .*; .*{told}"), writing("there"):
+        raise OSError(number, os.strerror(number))
 
 
 def test_other_filesystems_are_read_and_written() -> None:
