@@ -24,10 +24,14 @@ class ShardReader:
     Args:
         location: root of the table.
         shard: the file.
+        may_skip: whether the command can go on without the file; errors say so.
     """
 
-    def __init__(self, location: Location, shard: Shard) -> None:
+    def __init__(self, location: Location, shard: Shard, may_skip: bool = False) -> None:
         self._location, self._shard = location, shard
+        self._way_out = (
+            "mend or remove the file, or pass --on-bad-shard skip" if may_skip else "mend or remove the file"
+        )
         with self._naming():
             if location.is_local:
                 # Read, not mapped: a mapped file that is cut off under its reader, or that the disk cannot give, is a
@@ -172,10 +176,8 @@ class ShardReader:
         try:
             yield
         except (OSError, pa.ArrowException, StopIteration, UnicodeDecodeError, OverflowError, MemoryError) as error:
-            raise InputError(
-                f"cannot read {self._location.naming(self._shard.name)}: {reason(error) or 'rows are missing'}; "
-                "mend or remove the file, or pass --on-bad-shard skip"
-            ) from error
+            name = self._location.naming(self._shard.name)
+            raise InputError(f"cannot read {name}: {reason(error) or 'rows are missing'}; {self._way_out}") from error
 
 
 def _check_dictionary(column: pa.Array) -> None:

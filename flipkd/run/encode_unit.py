@@ -52,7 +52,7 @@ class EncodeWorker:
         config = self._config
         started = time.perf_counter()
         columns = list(dict.fromkeys([config.id_column, *template_fields(config.text_template)]))
-        with ShardReader(self._records, unit.shard) as reader:
+        with ShardReader(self._records, unit.shard, may_skip=True) as reader:
             reader.check_columns(columns)
             check_id_type(reader.column_type(config.id_column), config.id_column)  # not only when the store is sealed
             table = pa.concat_tables(unit.read(reader, columns, _READ_ROWS))

@@ -117,7 +117,7 @@ class JoinWorker:
     def __call__(self, unit: WorkUnit) -> UnitReport:
         """Runs one unit."""
         task = self._task
-        with ShardReader(task.pairs, unit.shard) as reader:
+        with ShardReader(task.pairs, unit.shard, may_skip=True) as reader:
             names = reader.schema.names
             columns = list(dict.fromkeys([*task.id_columns, *names]))
 

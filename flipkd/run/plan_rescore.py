@@ -201,7 +201,7 @@ def _check_shard(
 ) -> tuple[bool, bool] | None:
     """Of one shard; None where it cannot be read and may be skipped."""
     try:
-        reader = ShardReader(scores, shard)
+        reader = ShardReader(scores, shard, may_skip=True)
     except InputError:
         if config.run.on_bad_shard == "skip":
             return None

@@ -133,7 +133,7 @@ def _check_shard(config: TeachConfig, pairs: Location, shard: Shard, kinds: Sequ
     source = pairs.naming(shard.name)
     skip = config.run.on_bad_shard == "skip"
     try:
-        reader = ShardReader(pairs, shard)
+        reader = ShardReader(pairs, shard, may_skip=True)
     except InputError:
         if skip:
             return None

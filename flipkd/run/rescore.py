@@ -83,7 +83,7 @@ class RescoreWorker:
     def __call__(self, unit: WorkUnit) -> UnitReport:
         """Runs one unit."""
         task = self._task
-        with ShardReader(task.scores, unit.shard) as reader:
+        with ShardReader(task.scores, unit.shard, may_skip=True) as reader:
             names = reader.schema.names
             columns = list(dict.fromkeys([*task.pair_columns, *names]))
             whole = pa.concat_tables(unit.read(reader, columns, TEXT_BATCH_ROWS))

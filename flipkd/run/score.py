@@ -99,7 +99,7 @@ class ScoreWorker:
     def __call__(self, unit: WorkUnit) -> UnitReport:
         """Runs one unit."""
         task = self._task
-        with ShardReader(task.pairs, unit.shard) as reader:
+        with ShardReader(task.pairs, unit.shard, may_skip=True) as reader:
             names = output_columns(task, reader.schema.names)
             passed = [name for name in names if name not in SCORE_COLUMNS]
             columns = list(dict.fromkeys([*task.pair_columns, *passed]))

@@ -84,7 +84,7 @@ class ScoreColumn:
     def values(self, unit: WorkUnit) -> Iterator[Values]:
         """The values of a unit, in order. A file that cannot be read has none, where those are skipped."""
         try:
-            with ShardReader(self.scores, unit.shard) as reader:
+            with ShardReader(self.scores, unit.shard, may_skip=True) as reader:
                 for table in unit.read(reader, [self.name], _BATCH_ROWS):
                     yield as_numbers(table.column(self.name))
         except InputError:

@@ -121,7 +121,7 @@ def _teach(task: TeachTask, unit: WorkUnit, teacher: Teacher, *, by_unit: bool) 
         teacher: scores the two text columns of a table.
         by_unit: whether the teacher is given the whole unit at once.
     """
-    with ShardReader(task.pairs, unit.shard) as reader:
+    with ShardReader(task.pairs, unit.shard, may_skip=True) as reader:
         names = reader.schema.names
         columns = list(dict.fromkeys([*task.teacher.text_columns, *names]))
         batches = unit.read(reader, columns, TEXT_BATCH_ROWS)

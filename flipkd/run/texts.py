@@ -66,7 +66,7 @@ class TextsWorker:
         """Runs one unit."""
         task, started, rows = self._task, time.perf_counter(), 0
         distinct = _SCHEMA.empty_table()
-        with ShardReader(task.pairs, unit.shard) as reader:
+        with ShardReader(task.pairs, unit.shard, may_skip=True) as reader:
             for table in unit.read(reader, list(dict.fromkeys(task.text_columns)), _BATCH_ROWS):
                 rows += table.num_rows
                 found = [distinct]

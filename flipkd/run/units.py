@@ -182,7 +182,7 @@ def _row_group_rows(
     location: Location, shard: Shard, keep_error: bool, check: Callable[[Shard, ShardReader], object] | None
 ) -> list[int] | InputError:
     try:
-        with ShardReader(location, shard) as reader:
+        with ShardReader(location, shard, may_skip=True) as reader:
             rows = reader.row_group_rows
             if check is not None:
                 check(shard, reader)

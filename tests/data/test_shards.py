@@ -104,6 +104,8 @@ def test_a_truncated_file_is_named(tmp_path: Path) -> None:
     plan = plan_units(location, find_shards(location), 100, "run", skip_bad_shards=True)
     assert plan.units == []
     assert [name for name, _ in plan.bad_shards] == ["part-0.parquet"]
+    with pytest.raises(InputError, match=r"; mend or remove the file$"):  # of a command that has no such option
+        ShardReader(location, find_shards(location)[0])
 
 
 @pytest.mark.parametrize("size", [0, 3, 8])
