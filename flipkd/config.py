@@ -8,7 +8,7 @@ from typing import Literal
 from flipkd.checks import check_cache, check_cosine, check_positive, check_probability
 from flipkd.errors import ConfigError
 from flipkd.models.device import DEVICES
-from flipkd.record_sides import RecordSides, text_template
+from flipkd.record_sides import RecordSides, check_one_way, text_template
 
 VectorDtype = Literal["float32", "bf16", "int8"]
 VECTOR_DTYPES: tuple[VectorDtype, ...] = ("float32", "bf16", "int8")
@@ -135,6 +135,7 @@ class EncodeConfig:
 
     def __post_init__(self) -> None:
         _check_dtype(self.dtype)
+        check_one_way(self.template, self.text_column)
         check_positive("rows-per-unit", self.rows_per_unit)
         check_cache(self.cache, self.cache_limit_bytes)
 

@@ -17,6 +17,17 @@ def text_template(template: str | None, text_column: str | None) -> str:
     return template if template is not None else f"{{{text_column or 'text'}}}"
 
 
+def check_one_way(template: str | None, text_column: str | None, is_right: bool = False) -> None:
+    """Refuses a template beside a text column other than the usual one: a text is made in one way.
+
+    Raises:
+        ConfigError: names both options.
+    """
+    if template is not None and text_column not in (None, "text"):
+        names = " and ".join(option_of_side(name, is_right) for name in ("template", "text-column"))
+        raise ConfigError(f"{names} both say how a record's text is made; give one of them")
+
+
 @dataclass(frozen=True)
 class RecordSide:
     """A record table, and how its records are read.
@@ -75,6 +86,8 @@ class RecordSides:
         Raises:
             ConfigError: names the option.
         """
+        check_one_way(self.template, self.text_column)
+        check_one_way(self.right_template, self.right_text_column, is_right=True)
         if self.right_records is not None and self.records is None:
             raise ConfigError("--right-records needs --records")
         for name in ("right_id_column", "right_text_column", "right_template"):

@@ -18,7 +18,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from flipkd.cli import main
-from flipkd.config import EncoderOptions, ScoreConfig, TeachConfig
+from flipkd.config import EncodeConfig, EncoderOptions, ScoreConfig, TeachConfig
 from flipkd.errors import ConfigError
 from flipkd.models.encoder import load_encoder
 from flipkd.models.folder import FLIPKD_FILE
@@ -200,7 +200,7 @@ def test_the_recorded_template_is_that_of_the_sides_that_name_none(
         ({"right_template": None}, "billing.*no column 'name'.*--right-text-column"),
         ({"text_column": "key"}, "crm.*no column 'key'.* with --text-column, or several with --template"),
         ({"right_template": "{key"}, "--right-template '{key' does not parse"),
-        ({"template": "{key"}, "--template '{key' does not parse"),
+        ({"template": "{key", "text_column": "text"}, "--template '{key' does not parse"),
     ],
 )
 @pytest.mark.parametrize("command", ["score", "teach"])
@@ -292,3 +292,15 @@ def test_rescore_alone_can_be_resumed(job: ScoreConfig, tables: dict[str, str], 
     )  # fmt: skip
     assert rescore(config)["units_resumed"] == 0
     assert rescore(config)["units_resumed"] == 1
+
+
+@pytest.mark.parametrize("right", ["", "right_"])
+def test_a_template_beside_a_text_column_is_refused(right: str) -> None:
+    """One of the two would be ignored without a word."""
+    both = {f"{right}template": "{a} {b}", f"{right}text_column": "name"}
+    told = rf"--{right.replace('_', '-')}template and --{right.replace('_', '-')}text-column both say"
+    with pytest.raises(ConfigError, match=told):
+        ScoreConfig("pairs", "out", encoder=EncoderOptions("e"), records="left", right_records="right", **both)
+    if not right:
+        with pytest.raises(ConfigError, match=told):
+            EncodeConfig(EncoderOptions("e"), "records", "out", **both)
