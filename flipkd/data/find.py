@@ -82,7 +82,7 @@ def find_shards(location: Location) -> list[Shard]:
     if others:
         logger.warning("%s: %d files that do not end in .parquet are not read", location.uri, others)
     for folder in folders:
-        _check_links(folder)
+        _check_links(location.path, folder)
     if not shards:
         raise InputError(f"{location.uri} holds no .parquet file")
     return sorted(shards, key=lambda shard: shard.name)
@@ -97,8 +97,8 @@ def _path(info: pafs.FileInfo) -> str:
     return found
 
 
-def _check_links(folder: str) -> None:
-    """Refuses what a listing passes over in silence, or reads again and again.
+def _check_links(root: str, folder: str) -> None:
+    """Refuses links in ``folder``, at or below ``root``, that a listing passes over in silence, or follows for ever.
 
     Raises:
         InputError: a link to a Parquet file that is not there (an unmounted disk must not look like fewer rows), or to
@@ -106,11 +106,17 @@ def _check_links(folder: str) -> None:
     """
     with os.scandir(folder) as entries:
         links = [entry.path for entry in entries if entry.is_symlink() and not is_hidden(entry.name)]
+    if not links:
+        return
+    below = os.path.relpath(folder, root)
+    names = [] if below == "." else below.split(os.sep)
+    way_down = [os.path.realpath(os.path.join(root, *names[:count])) for count in range(len(names) + 1)]
     for link in links:
+        target = os.path.realpath(link).rstrip("/")
         if not os.path.exists(link):
             if link.lower().endswith(PARQUET_SUFFIXES):
                 raise InputError(f"{link} is a link to a file that is not there; mount or fetch it, or remove the link")
-        elif f"{os.path.realpath(folder)}/".startswith(f"{os.path.realpath(link).rstrip('/')}/"):
+        elif any(f"{above}/".startswith(f"{target}/") for above in way_down):
             raise InputError(f"{link} is a link to a folder that it lies in; remove it")
 
 

@@ -118,7 +118,7 @@ class ShardReader:
         for column in columns:
             count = self.schema.names.count(column)
             if count > 1:
-                raise ConfigError(f"{place} has {count} columns named {column!r}")
+                raise ConfigError(f"{place} has {count} columns named {column!r}; rename or drop one")
             if column not in known:
                 told = f"{place} has no column {column!r}; it has {', '.join(known)}"
                 raise ConfigError(f"{told}; {way_out}" if way_out else told)

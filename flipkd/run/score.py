@@ -14,7 +14,7 @@ from flipkd.data.calibration import Calibration, kernel_arguments, probabilities
 from flipkd.data.location import Location
 from flipkd.data.pairs import PairRows, resolve_ids, resolve_texts
 from flipkd.data.shards import ShardReader
-from flipkd.errors import ConfigError, InputError
+from flipkd.errors import ColumnError, ConfigError, InputError
 from flipkd.kernels.pair_score import PairScores, pair_score
 from flipkd.run.manifest import UnitReport
 from flipkd.run.scored import ScoredBatch, StageClock, reason_column, write_scored
@@ -77,7 +77,7 @@ def output_columns(task: ScoreTask, input_names: Sequence[str]) -> list[str]:
     if task.columns is None:
         clash = [name for name in SCORE_COLUMNS if name in input_names]
         if clash:
-            raise ConfigError(
+            raise ColumnError(
                 f"the pairs have a column {clash[0]!r} already; rename it, or name the columns to write with --columns"
             )
         return [*input_names, *made]

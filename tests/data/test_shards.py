@@ -243,6 +243,10 @@ def test_a_link_to_a_folder_above_is_refused_and_one_to_another_is_followed(tmp_
     (table / "loop").symlink_to(tmp_path / "table")
     with pytest.raises(InputError, match=r"sub/loop is a link to a folder that it lies in; remove it"):
         find_shards(location)
+    (table / "loop").unlink()
+    (tmp_path / "other/back").symlink_to(tmp_path / "table")  # round by the linked folder
+    with pytest.raises(InputError, match=r"linked/back is a link to a folder that it lies in"):
+        find_shards(location)
 
 
 def test_what_is_no_file_or_has_a_name_that_is_no_text_is_named(tmp_path: Path) -> None:
