@@ -14,7 +14,7 @@ from flipkd.config import EncodeConfig
 from flipkd.data.commit import ShardWriter
 from flipkd.data.location import Location
 from flipkd.data.pairs import distinct_texts
-from flipkd.data.records import Texts, render_texts, text_digests
+from flipkd.data.records import DIGEST_BYTES, Texts, render_texts, text_digests
 from flipkd.data.shards import ShardReader
 from flipkd.data.template import template_fields
 from flipkd.run.cached_encoder import CachedEncoder, text_cache_of
@@ -23,6 +23,7 @@ from flipkd.run.units import WorkUnit
 from flipkd.vectors.id_types import check_id_type
 from flipkd.vectors.layout import STATUS_INVALID_TEXT, STATUS_MISSING_TEXT, STATUS_TRUNCATED
 
+_INVALID_DIGEST = b"\xff" * DIGEST_BYTES  # the missing text has no digest
 _PART_OPTIONS = {"compression": "none", "use_dictionary": False, "write_statistics": False}
 _READ_ROWS = 16_384
 
@@ -73,6 +74,8 @@ class EncodeWorker:
 
         started = time.perf_counter()
         digests = text_digests(texts.values, bytes.fromhex(self._run))
+        # The last place is of invalid texts: not the same as none, where one id has both.
+        digests = pa.concat_arrays([digests.slice(0, len(digests) - 1), pa.array([_INVALID_DIGEST], digests.type)])
         arrays = {
             "id": table.column(config.id_column),
             "vector": fixed_rows(values, indices),

@@ -657,3 +657,15 @@ def test_a_folder_of_another_kind_of_job_is_refused_even_with_overwrite(
     again = score(config(world, pairs, tmp_path / "scores"))
     assert again["units_resumed"] == again["units"] > 0
     assert encode(store)["complete"]
+
+
+@pytest.mark.parametrize("first", [None, b"\xff not UTF-8"])
+def test_an_id_with_an_invalid_text_and_with_none_is_two_records(world: World, tmp_path: Path, first: Any) -> None:
+    """As in teach; an id that stands twice with one text is one record."""
+    (tmp_path / "records").mkdir()
+    other = b"\xff not UTF-8" if first is None else None
+    texts = pa.array([first, other, b"fever", b"fever"], pa.binary())
+    pq.write_table(pa.table({"id": [1, 1, 2, 2], "text": texts}), tmp_path / "records/a.parquet")
+    task = EncodeConfig(EncoderOptions(world.encoder), str(tmp_path / "records"), str(tmp_path / "store"))
+    with pytest.raises(InputError, match="the same record id stands twice with different texts"):
+        encode(task)
