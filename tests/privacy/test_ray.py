@@ -97,8 +97,9 @@ def head() -> Iterator[Head]:
 
 
 def flipkd(head: Head, *words: object, code: int = 0) -> None:
+    stalls = () if words[0] == "train" else ("--stall-timeout-s", "120")
     done = head.run(sys.executable, "-m", "flipkd.cli", *words, "--ray", head.address, "--no-progress",
-                    "--log-level", "debug", "--log-format", "json", "--stall-timeout-s", "120")  # fmt: skip
+                    "--log-level", "debug", "--log-format", "json", *stalls)  # fmt: skip
     assert done.returncode == code, done.stderr
     assert all(isinstance(json.loads(line), dict) for line in done.stderr.splitlines()), done.stderr
     assert not words_in(done.stdout + done.stderr)
