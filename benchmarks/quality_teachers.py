@@ -71,6 +71,7 @@ def _train(base: Path, table: pa.Table, saved: Path, options: FineTuning) -> Non
             lr_scheduler_type="linear",
             seed=options.seed,
             use_cpu=device == "cpu",
+            bf16=options.in_bf16(device),
             save_strategy="no",
             logging_strategy="no",
             report_to="none",

@@ -114,12 +114,13 @@ def rescore(as_json: bool, log_level: str, dry_run: bool, **options: Any) -> Non
     """Let an LLM answer for the pairs near the threshold."""
     set_up_logging(log_level)
     config = RescoreConfig(llm=_take_llm(options), run=take_run(options), **options)
-    from flipkd.run import rescore as run
+    from flipkd.run import rescore_cost
+    from flipkd.run.rescore import rescore as run
 
     if dry_run:
-        print_values(run.dry_run(config), as_json)
+        print_values(rescore_cost.dry_run(config), as_json)
         return
-    report_job(run.rescore(config), config.output, as_json, forgotten_option(config))
+    report_job(run(config), config.output, as_json, forgotten_option(config))
 
 
 def _take_llm(options: dict[str, Any]) -> LlmOptions:

@@ -75,7 +75,7 @@ def find_shards(location: Location) -> list[Shard]:
             continue
         if name.lower().endswith(PARQUET_SUFFIXES):
             if info.type == pafs.FileType.Unknown:
-                raise InputError(f"{info.path} is not a file (but a pipe, a socket or a device); move it away")
+                raise InputError(f"{path} is not a file (but a pipe, a socket or a device); move it away")
             shards.append(_shard(info, name))
         else:
             others += 1

@@ -56,6 +56,10 @@ class FineTuning:
     seed: int = 0
     dtype: Literal["auto", "float32", "bf16"] = "auto"
 
+    def in_bf16(self, device: str) -> bool:
+        """Whether multiplications on ``cpu`` or ``cuda`` are bf16."""
+        return self.dtype == "bf16" or (self.dtype == "auto" and _multiplies_bf16(device))
+
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", "float32", "bf16"):
             raise ConfigError(f"dtype must be auto, float32 or bf16, not {self.dtype!r}")
@@ -184,7 +188,7 @@ def _train(base: Path, table: pa.Table, saved: Path, options: FineTuning, progre
             batch_sampler=batches,
             seed=options.seed,
             use_cpu=device == "cpu",
-            bf16=options.dtype == "bf16" or (options.dtype == "auto" and _multiplies_bf16(device)),
+            bf16=options.in_bf16(device),
             dataloader_pin_memory=False,
             save_strategy="no",
             logging_strategy="no",

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 
 from flipkd.distill.config import TrainConfig
+from flipkd.distill.facts import run_facts, summary
 from flipkd.distill.gradients import Workers
 from flipkd.distill.run_folder import RunFolder
-from flipkd.distill.train import output_path, run_facts, summary, train_worker
+from flipkd.distill.train import output_path, train_worker
 from flipkd.distill.training_data import read_training_data
 from flipkd.errors import ClusterError, ConfigError, FlipkdError, told_without_data
 from flipkd.logs import current_options, log_as_worker

@@ -23,6 +23,7 @@ from flipkd.data.location import open_location
 from flipkd.distill.checkpoint import Progress, load_checkpoint, save_checkpoint
 from flipkd.distill.config import TrainConfig
 from flipkd.distill.data import BatchOrder, TrainingPairs
+from flipkd.distill.facts import run_facts, summary
 from flipkd.distill.gradients import Workers, backward_vectors
 from flipkd.distill.language_model import backward_language_model
 from flipkd.distill.objective import Batch, batch_loss, check_objective
@@ -32,15 +33,13 @@ from flipkd.distill.start import whiten_projection
 from flipkd.distill.training_data import TrainingData, read_training_data, with_unlabelled
 from flipkd.distill.validation import deciding_value, validate
 from flipkd.errors import ConfigError, ModelError
-from flipkd.models.adapter import base_fingerprint, new_student
+from flipkd.models.adapter import new_student
 from flipkd.models.llm_prompt import TRAINED_PROMPTS, pair_prompt
 from flipkd.models.student import Student
 from flipkd.run.job import available_cores
-from flipkd.run.manifest import versions
 from flipkd.run.output import locked
 from flipkd.run.overlap import refuse_other_kind, refuse_overlap
 from flipkd.run.progress import progress_bar
-from flipkd.run.units import fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -92,31 +91,6 @@ def output_path(config: TrainConfig) -> str:
     return str(open_location(config.output).path)
 
 
-def run_facts(config: TrainConfig, data: TrainingData) -> dict[str, Any]:
-    """What ``run.json`` holds."""
-    pairs, unlabelled, validation = data.pairs, data.unlabelled, data.validation
-    deciding = {
-        **config.deciding(),
-        "pairs": pairs.fingerprint,
-        "unlabelled": None if unlabelled is None else unlabelled.fingerprint,
-        "validation": None if validation is None else validation.fingerprint,
-        "base": base_fingerprint(config.student.folder),
-    }
-    return {
-        "format": 1,
-        "fingerprint": fingerprint(deciding),
-        "config": config.deciding(),
-        "base_fingerprint": deciding["base"],
-        "pairs": len(pairs),
-        "texts": len(pairs.texts),
-        "unlabelled_pairs": 0 if unlabelled is None else len(unlabelled),
-        "validation_pairs": 0 if validation is None else len(validation),
-        "skipped": pairs.skipped,
-        "teacher": None if pairs.facts is None else vars(pairs.facts),
-        "versions": versions(),
-    }
-
-
 def learning_rate(config: TrainConfig, step: int) -> float:
     """The rate of step ``step`` (from 0): a linear rise, then a cosine down to 0 at the last step."""
     warmup = round(config.warmup_fraction * config.steps)
@@ -124,21 +98,6 @@ def learning_rate(config: TrainConfig, step: int) -> float:
         return config.learning_rate * (step + 1) / warmup
     done = (step - warmup) / max(config.steps - warmup, 1)
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def summary(config: TrainConfig, folder: RunFolder) -> dict[str, Any]:
-    """What a finished run is told by."""
-    lines = folder.metrics()
-    validations = [line for line in lines if "validation" in line]
-    best = max(validations, key=lambda line: deciding_value(line["validation"]) or -math.inf, default=None)
-    return {
-        "kind": "train",
-        "output": config.output,
-        "steps": max((line["step"] for line in lines), default=0),
-        "best_step": None if best is None else best["step"],
-        "validation": None if best is None else best["validation"],
-        "seconds": max((line.get("seconds", 0.0) for line in lines), default=0.0),
-    }
 
 
 class _Training:

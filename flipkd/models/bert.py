@@ -149,5 +149,7 @@ def load_bert(path: Path, dtype: torch.dtype, device: torch.device) -> Bert | No
         fits = bert.fits(config)
     except (OSError, SafetensorError, KeyError, RuntimeError):
         return None  # the general way says what is wrong
+    if not fits:
+        return None
     check_finite(tensors.items(), path)
-    return bert if fits else None
+    return bert

@@ -197,5 +197,7 @@ def load_decoder(path: Path, dtype: torch.dtype, device: torch.device) -> Decode
         fits = decoder.fits(config)
     except (OSError, SafetensorError, KeyError, RuntimeError, TypeError, ValueError):
         return None  # the general way says what is wrong
+    if not fits:
+        return None
     check_finite(tensors.items(), path)
-    return decoder if fits else None
+    return decoder

@@ -53,10 +53,9 @@ class TokenizedTexts:
     truncated: NDArray[np.bool_]
 
     @classmethod
-    def of_lists(cls, ids: Sequence[Sequence[int]], truncated: Sequence[bool] | None = None) -> TokenizedTexts:
-        """The same of a list of ids per text; without ``truncated`` none was cut."""
-        cut = np.zeros(len(ids), np.bool_) if truncated is None else np.array(truncated, np.bool_)
-        return cls(*_end_to_end(ids), cut)
+    def of_lists(cls, ids: Sequence[Sequence[int]], truncated: Sequence[bool]) -> TokenizedTexts:
+        """The same of a list of ids per text."""
+        return cls(*_end_to_end(ids), np.array(truncated, np.bool_))
 
     @property
     def ids(self) -> list[list[int]]:

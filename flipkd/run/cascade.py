@@ -27,7 +27,7 @@ from flipkd.run import pipeline
 from flipkd.run.manifest import MANIFEST, WORK_FOLDER
 from flipkd.run.observe import observed
 from flipkd.run.output import list_outputs, locked, own_outputs, remove_folder
-from flipkd.run.overlap import refuse_overlap
+from flipkd.run.overlap import refuse_other_kind, refuse_overlap
 from flipkd.run.plan_rescore import check_scores, plan_rescore
 from flipkd.run.plan_score import ScorePlan, plan_score, score_inputs
 from flipkd.run.record_template import template_of_scores
@@ -104,6 +104,7 @@ def score_and_rescore(score: ScoreConfig, rescore: RescoreConfig, scores: str | 
     planned = plan_score(job.score)
     own = check_cascade(job, planned)
     with locked(output), observed("score", job.rescore.run, output):
+        refuse_other_kind(output, "rescore")
         note = read_json(output, _NOTE)
         is_same = note is not None and note["fingerprint"] == own
         done = list_outputs(output)[0]

@@ -26,8 +26,8 @@ from flipkd.run import pipeline
 from flipkd.run.cascade import Cascade, as_cascade, check_cascade
 from flipkd.run.join import record_tables
 from flipkd.run.plan_score import ScorePlan, plan_score
-from flipkd.run.rescore import dry_run as dry_run_rescore
 from flipkd.run.rescore_config import RescoreConfig, budget_rows
+from flipkd.run.rescore_cost import dry_run as dry_run_rescore
 from flipkd.run.select import Band
 
 # Our choices: some hundred texts to encode, enough rows that reading and writing are not all overhead.

@@ -27,7 +27,7 @@ from flipkd.errors import InputError
 from flipkd.run.cached_encoder import cache_root
 from flipkd.run.encode import PARTS
 from flipkd.run.manifest import MANIFEST
-from flipkd.run.output import locked, remove_folder
+from flipkd.run.output import STORE_NAME, WORK_NAME, locked, remove_folder
 from flipkd.run.record_schema import RecordSchema
 from flipkd.run.record_template import with_recorded_template
 from flipkd.run.store_folder import has_rest
@@ -38,9 +38,6 @@ from flipkd.vectors.store import VectorStore, is_sealed
 
 _INTEGER = re.compile(rb"-?[0-9]{1,20}")
 _BATCH_ROWS = 1 << 16
-# Folders that ``score`` makes below --cache: those of other names are somebody else's.
-_STORE = re.compile(r"store-[0-9a-f]{16}")
-_WORK = re.compile(r"work-[0-9a-f]{16}(-[0-9a-f]{8})?")
 
 
 def forget(config: EncodeConfig, ids: str) -> dict[str, Any]:
@@ -77,9 +74,9 @@ def forget(config: EncodeConfig, ids: str) -> dict[str, Any]:
     if config.cache is not None:
         root = cache_root(config.cache)
         kept = sorted(path for path in root.parent.glob("*-*") if path.is_dir())
-        stores += [open_location(path) for path in kept if _STORE.fullmatch(path.name)]
+        stores += [open_location(path) for path in kept if STORE_NAME.fullmatch(path.name)]
         for path in kept:
-            if _WORK.fullmatch(path.name):
+            if WORK_NAME.fullmatch(path.name):
                 remove_folder(open_location(path))
         deleted = forget_texts(root, texts)
     return {

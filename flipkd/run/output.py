@@ -30,7 +30,9 @@ logger = logging.getLogger(__name__)
 
 # What `units._unit` makes of a unit; only files named like this are ever deleted.
 _OUTPUT_NAME = re.compile(rf"\.rows\d{{12,}}-\d{{12,}}\.[0-9a-f]{{{FINGERPRINT_CHARACTERS}}}\.parquet$")
-_WORK_NAMES = ("work-", "store-")
+# Folders in which ``score`` and ``teach`` work; below a --cache those of other names are somebody else's.
+STORE_NAME = re.compile(r"store-[0-9a-f]{16}")
+WORK_NAME = re.compile(r"work-[0-9a-f]{16}(-[0-9a-f]{8})?")
 _LOCK = "lock"
 _GLANCE_S = 0.5  # longer than ``is_locked`` holds a lock
 _HEARTBEAT_S = 20.0
@@ -254,7 +256,7 @@ def remove_folder(location: Location) -> None:
 
 
 def remove_stale_work(folder: Location, keep: Collection[str], end: str = "") -> None:
-    """Deletes work folders (``work-*``, ``store-*``) that killed runs of other input or options left: they hold texts.
+    """Deletes work folders and stores that killed runs of other input or options left: they hold texts.
 
     Args:
         folder: whose direct children they are; nobody else may be working in those that are deleted.
@@ -263,8 +265,8 @@ def remove_stale_work(folder: Location, keep: Collection[str], end: str = "") ->
     """
     for info in folder.filesystem.get_file_info(pafs.FileSelector(folder.path, allow_not_found=True)):
         name = posixpath.basename(info.path)
-        is_work = info.type == pafs.FileType.Directory and name.startswith(_WORK_NAMES) and name.endswith(end)
-        if is_work and name not in keep:
+        is_own = WORK_NAME.fullmatch(name) or STORE_NAME.fullmatch(name)
+        if is_own and info.type == pafs.FileType.Directory and name.endswith(end) and name not in keep:
             remove_folder(folder.child(name))
 
 

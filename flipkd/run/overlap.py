@@ -12,7 +12,7 @@ from flipkd.run.manifest import MANIFEST, PLAN, glance
 from flipkd.vectors.layout import HEADER_FILE
 
 # What each kind of job leaves.
-_COMMANDS = {
+_LEFT = {
     "score": "scores",
     "rescore": "scores",
     "teach": "pairs with a teacher's scores",
@@ -68,7 +68,5 @@ def refuse_other_kind(output: Location, kind: str) -> None:
         "train" if "fingerprint" in glance(output, RUN_FILE) else None,
     ]
     for other in found:
-        if isinstance(other, str) and other in _COMMANDS and _COMMANDS[other] != _COMMANDS[kind]:
-            raise OutputError(
-                f"--output {output.uri} holds {_COMMANDS[other]}, not {_COMMANDS[kind]}; choose another folder"
-            )
+        if isinstance(other, str) and other in _LEFT and _LEFT[other] != _LEFT[kind]:
+            raise OutputError(f"--output {output.uri} holds {_LEFT[other]}, not {_LEFT[kind]}; choose another folder")

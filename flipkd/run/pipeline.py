@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import posixpath
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -26,7 +25,7 @@ from flipkd.run.manifest import MANIFEST, UnitReport, glance
 from flipkd.run.observe import observed
 from flipkd.run.output import locked, prepare, remove_folder, remove_outputs
 from flipkd.run.overlap import refuse_other_kind
-from flipkd.run.plan_score import ScorePlan, plan_score, remove_stale, work_folder
+from flipkd.run.plan_score import ScorePlan, plan_score, remove_stale
 from flipkd.run.score import ScoreWorker
 from flipkd.run.texts import SAMPLE_ROWS, TEXT_COLUMN, TextsTask, TextsWorker, estimate_distinct, merge_texts
 from flipkd.run.top_k import TopKTask, TopKWorker, compare_candidates, otherwise_compared
@@ -47,9 +46,7 @@ def score(config: ScoreConfig) -> dict[str, Any]:
         # Whose folder it is must be known before hours of encoding.
         refuse_other_kind(job.output, "score")
         done = prepare(job.output, job.plan.units, config.run.overwrite)
-        own = [work_folder(config, job.plan, planned.task.run_fingerprint).path] if planned.works_in_folder else []
-        own += [plan.config.output for plan in planned.encodes]
-        remove_stale(config, {posixpath.basename(path) for path in own})
+        remove_stale(planned)
         stages = _stages_of_finished(planned, done)
         if stages is None:
             stages = {}
@@ -135,10 +132,10 @@ def _distinct_inline_texts(planned: ScorePlan) -> int:
 
 
 def _encode_inline(planned: ScorePlan) -> tuple[Plan, dict[str, Any]]:
-    config, task = planned.config, planned.task
+    config, task, work = planned.config, planned.task, planned.work
     assert config.encoder is not None
     assert task.digest_key is not None
-    work = work_folder(config, planned.job.plan, task.run_fingerprint)
+    assert work is not None
     texts = TextsTask(task.pairs, work.child("lists"), task.run_fingerprint, task.pair_columns, task.digest_key)
     encode = EncodeConfig(
         encoder=config.encoder,
@@ -192,7 +189,8 @@ def _top_k_job(planned: ScorePlan, job: Job, done: Iterable[str]) -> tuple[Job, 
     """
     config, task = planned.config, planned.task
     assert config.top_k is not None
-    candidates = work_folder(config, planned.job.plan, task.run_fingerprint).child("candidates")
+    assert planned.work is not None
+    candidates = planned.work.child("candidates")
     worker = partial(ScoreWorker, replace(task, output=candidates, top_k=config.top_k))
     found = run_job(replace(job, kind="candidates", output=candidates, make_worker=worker))
     failed = {failure["output"] for failure in found["skipped_units"]}
@@ -222,8 +220,7 @@ def summary(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _remove_work(planned: ScorePlan) -> None:
-    config = planned.config
-    if planned.works_in_folder:
-        remove_folder(work_folder(config, planned.job.plan, planned.task.run_fingerprint))
-    for plan in planned.encodes if config.cache is None else ():
+    if planned.work is not None:
+        remove_folder(planned.work)
+    for plan in planned.encodes if planned.config.cache is None else ():
         remove_folder(open_location(plan.config.output))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+import posixpath
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -58,9 +59,11 @@ class ScorePlan:
     schemas: Mapping[str, pa.Schema]
 
     @property
-    def works_in_folder(self) -> bool:
-        """Whether there is a ``work_folder``."""
-        return self.config.is_inline or self.config.top_k is not None
+    def work(self) -> Location | None:
+        """The folder for lists, texts and candidates; None where the job has none."""
+        if self.config.is_inline or self.config.top_k is not None:
+            return _work_folder(self.config, self.job.plan, self.task.run_fingerprint)
+        return None
 
 
 def plan_score(config: ScoreConfig) -> ScorePlan:
@@ -138,7 +141,7 @@ def plan_score(config: ScoreConfig) -> ScorePlan:
     skip = config.run.on_bad_shard == "skip"
     plan = plan_units(pairs, shards, config.rows_per_unit, run_fingerprint, skip_bad_shards=skip, check=check)
     if config.is_inline or config.top_k is not None:
-        work = work_folder(config, plan, run_fingerprint)
+        work = _work_folder(config, plan, run_fingerprint)
         task = replace(task, store=work.child("store").path) if config.is_inline else task
     job = Job(
         kind="score",
@@ -229,13 +232,16 @@ def _store_folder(config: ScoreConfig, plan: EncodePlan) -> str:
     return _work_root(config).child(f"store-{plan.fingerprint[:16]}").path
 
 
-def work_folder(config: ScoreConfig, plan: Plan, run_fingerprint: str) -> Location:
+def _work_folder(config: ScoreConfig, plan: Plan, run_fingerprint: str) -> Location:
     """Of one run over one input; see ``work_name``. In a cache also of one output: other jobs work beside it."""
     return _work_root(config).child(work_name(plan, run_fingerprint) + _end_of_work_names(config))
 
 
-def remove_stale(config: ScoreConfig, keep: Collection[str]) -> None:
-    """Deletes what killed runs of the same (locked) output left, but for the folders of the names to ``keep``."""
+def remove_stale(planned: ScorePlan) -> None:
+    """Deletes what killed runs of the same (locked) output with other input or options left."""
+    config = planned.config
+    own = [plan.config.output for plan in planned.encodes] + ([] if planned.work is None else [planned.work.path])
+    keep = {posixpath.basename(path) for path in own}
     remove_stale_work(open_location(config.output).child(WORK_FOLDER), keep)
     if config.cache is not None:
         remove_stale_work(open_location(config.cache), keep, _end_of_work_names(config))

@@ -7,7 +7,6 @@ not (null where it was).
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -39,9 +38,6 @@ from flipkd.run.score import TEXT_BATCH_ROWS
 from flipkd.run.scored import ScoredBatch, StageClock, reason_column, write_scored
 from flipkd.run.select import Band, Selection, select_nearest
 from flipkd.run.units import WorkUnit
-
-# Pairs that a dry run asks, to measure how long one takes: our choice, some seconds for a small model on a CPU.
-_SAMPLE_PAIRS = 64
 
 
 @dataclass(frozen=True)
@@ -205,7 +201,7 @@ def rescore(config: RescoreConfig) -> dict[str, Any]:
 
 def rescore_planned(planned: RescorePlan, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Runs a planned job whose output the caller has locked; ``facts`` are further ones for the manifest."""
-    selection, about = _select(planned)
+    selection, about = select_pairs(planned)
     job = _job(planned, selection, about)
     manifest = run_job(replace(job, about={**job.about, **facts}))
     if planned.config.fit_labels is not None:
@@ -214,54 +210,7 @@ def rescore_planned(planned: RescorePlan, facts: Mapping[str, Any]) -> dict[str,
     return manifest
 
 
-def dry_run(config: RescoreConfig) -> dict[str, Any]:
-    """What a run would do: pairs that would be asked, their tokens and the time, from a measurement on this machine.
-
-    Asks the LLM about the first few of the pairs, and takes the others for alike.
-    """
-    planned = plan_rescore(config)
-    selection, about = _select(planned)
-    started = time.perf_counter()
-    worker = RescoreWorker(_task(planned, selection), config.llm, config.run.threads or available_cores())
-    load_seconds = time.perf_counter() - started
-    pairs, sample = _sample(planned, selection)
-    worker.ask(sample.slice(0, 2))  # the first call pays for what later ones find ready
-    started = time.perf_counter()
-    answers, _ = worker.ask(sample)
-    seconds = time.perf_counter() - started
-    asked = len(answers.tokens)
-    per_pair, tokens = (seconds / asked, answers.tokens.sum() / asked) if asked else (0.0, 0.0)
-    return {
-        "units": len(planned.plan.units),
-        "pairs": planned.plan.rows,
-        "pairs_to_rescore": pairs,
-        "tokens": round(tokens * pairs),
-        "sample_pairs": asked,
-        "pairs_per_second": round(1 / per_pair, 1) if per_pair else None,
-        "load_seconds": round(load_seconds, 1),
-        "seconds": round(load_seconds + per_pair * pairs, 1),
-        "selection": about,
-    }
-
-
-def _sample(planned: RescorePlan, selection: Selection) -> tuple[int, pa.Table]:
-    """How many pairs are selected, and the first of them."""
-    names = list(dict.fromkeys([*planned.config.pair_columns, planned.column.name]))
-    count, taken = 0, 0
-    parts: list[pa.Table] = []
-    for unit in planned.plan.units:
-        values = np.concatenate([*planned.column.values(unit), np.empty(0)])
-        chosen = selection.chosen(values, unit.output)
-        count += int(np.count_nonzero(chosen))
-        if taken < _SAMPLE_PAIRS and (chosen.any() or not parts):
-            with ShardReader(planned.scores, unit.shard) as reader:
-                table = pa.concat_tables(unit.read(reader, names, TEXT_BATCH_ROWS))
-            parts.append(table.take(pa.array(np.flatnonzero(chosen)[: _SAMPLE_PAIRS - taken])))
-            taken += parts[-1].num_rows
-    return count, pa.concat_tables(parts)
-
-
-def _select(planned: RescorePlan) -> tuple[Selection, dict[str, Any]]:
+def select_pairs(planned: RescorePlan) -> tuple[Selection, dict[str, Any]]:
     """Which pairs are asked, and what the manifest says of it."""
     config, column = planned.config, planned.column
     if config.band is not None:
@@ -279,7 +228,7 @@ def _select(planned: RescorePlan) -> tuple[Selection, dict[str, Any]]:
     return nearest, {"column": column.name, **about}
 
 
-def _task(planned: RescorePlan, selection: Selection) -> RescoreTask:
+def rescore_task(planned: RescorePlan, selection: Selection) -> RescoreTask:
     config = planned.config
     return RescoreTask(
         scores=planned.scores,
@@ -301,7 +250,7 @@ def _job(planned: RescorePlan, selection: Selection, about: dict[str, Any]) -> J
         output=planned.output,
         plan=planned.plan,
         fingerprint=planned.run_fingerprint,
-        make_worker=partial(RescoreWorker, _task(planned, selection), config.llm),
+        make_worker=partial(RescoreWorker, rescore_task(planned, selection), config.llm),
         run=config.run,
         unit_name="pairs",
         uses_model=True,

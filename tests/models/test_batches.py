@@ -17,7 +17,8 @@ LENGTHS = st.lists(st.integers(0, 9), max_size=60)
 
 def chunks_of(rows: list[list[int]], chunk: int) -> Iterator[tuple[int, TokenizedTexts]]:
     for start in range(0, len(rows), chunk):
-        yield start, TokenizedTexts.of_lists(rows[start : start + chunk])
+        part = rows[start : start + chunk]
+        yield start, TokenizedTexts.of_lists(part, [False] * len(part))
 
 
 @settings(max_examples=60, deadline=None)

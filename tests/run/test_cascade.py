@@ -378,3 +378,14 @@ def test_on_ray_both_stages_have_workers_of_their_own(
     local = CliRunner().invoke(main, command(world, pairs, llm_dir, tmp_path / "process"), catch_exceptions=False)
     assert local.exit_code == 0
     assert contents(tmp_path / "ray") == contents(tmp_path / "process")
+
+
+def test_a_store_in_the_place_of_the_output_is_refused(
+    world: World, make_pairs: MakePairs, llm_dir: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(world.left_store, tmp_path / "out")
+    over = RunOptions(overwrite=True)
+    one = replace(first(world, make_pairs(), tmp_path / "out"), run=over)
+    with pytest.raises(OutputError, match="out holds a vector store, not scores; choose another folder"):
+        score_and_rescore(one, replace(second(world, llm_dir), run=over))
+    assert (tmp_path / "out/store.json").exists()

@@ -28,8 +28,9 @@ from flipkd.errors import ConfigError, InputError, OutputError
 from flipkd.models.llm import load_llm
 from flipkd.models.llm_options import LlmOptions
 from flipkd.run.combination import Combination, fit_combination, read_combination
-from flipkd.run.rescore import dry_run, rescore
+from flipkd.run.rescore import rescore
 from flipkd.run.rescore_config import RescoreConfig, budget_rows
+from flipkd.run.rescore_cost import dry_run
 from flipkd.run.select import Nearest, ScoreColumn, select_nearest
 from flipkd.run.units import plan_units
 from tests.run.test_kill import contents

@@ -104,11 +104,7 @@ class Texts:
         return starts if self.device.type == "cpu" else starts.pin_memory().to(self.device, non_blocking=True)
 
     @cached_property
-    def text_of(self) -> Tensor:
-        """int64 [T]: the text of each token."""
-        return torch.repeat_interleave(self.starts.diff(), output_size=self.tokens)
-
-    @cached_property
     def positions(self) -> Tensor:
         """int64 [T]: each text starts at 0."""
-        return torch.arange(self.tokens, device=self.device) - self.starts[self.text_of]
+        first = self.starts[:-1].repeat_interleave(self.starts.diff(), output_size=self.tokens)
+        return torch.arange(self.tokens, device=self.device) - first
