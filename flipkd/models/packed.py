@@ -142,12 +142,14 @@ def attention_for_transformers(
     # split, not slices: backwards it is one concatenation, where each slice would fill a whole row with zeros.
     split = zip(*(torch.split(row[0], tokens, dim=1) for row in (query, key, value)), strict=True)
     outputs = []
-    for (count, length), parts in zip(groups, split, strict=True):
-        # [heads, count * length, width] -> [count, heads, length, width], a view
-        batch = [part.view(len(part), count, length, -1).transpose(0, 1) for part in parts]
-        mask = _window_mask(length, sliding_window, query.device)
-        mixed = _attend(batch, repeats, mask, causal, dropout, scaling, softcap)
-        outputs.append(mixed.transpose(1, 2).reshape(count * length, query.shape[1], value.shape[-1]))
+    # Autocast would turn float32 back into bf16 at the door of PyTorch's kernel.
+    with torch.autocast(query.device.type, enabled=False):
+        for (count, length), parts in zip(groups, split, strict=True):
+            # [heads, count * length, width] -> [count, heads, length, width], a view
+            batch = [part.view(len(part), count, length, -1).transpose(0, 1) for part in parts]
+            mask = _window_mask(length, sliding_window, query.device)
+            mixed = _attend(batch, repeats, mask, causal, dropout, scaling, softcap)
+            outputs.append(mixed.transpose(1, 2).reshape(count * length, query.shape[1], value.shape[-1]))
     return torch.cat(outputs)[None].to(kind), None
 
 

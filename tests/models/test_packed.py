@@ -141,6 +141,25 @@ def test_bf16_stays_near_float32(base_dir: Path) -> None:
     assert (vectors[0] * vectors[1]).sum(1).min() > 0.99
 
 
+@pytest.mark.parametrize("softcap", [None, 20.0])
+def test_on_a_cpu_attention_is_float32_inside_and_outside_of_autocast(softcap: float | None) -> None:
+    """Its bf16 kernel takes several times as long for short texts; autocast would choose it behind our back."""
+    torch.manual_seed(3)
+    row = [torch.randn(1, heads, 11, 16).bfloat16() for heads in (4, 2, 2)]
+    groups = ((2, 3), (1, 5))
+    found = []
+    for inside in (False, True):
+        query, key, value = (part.clone().requires_grad_() for part in row)
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            mixed, _ = attention_for_transformers(
+                torch.nn.Identity(), query, key, value, None, groups=groups, softcap=softcap
+            )
+        mixed.float().square().sum().backward()
+        found.append([mixed, query.grad, key.grad, value.grad])
+    for outside, inside_ in zip(*found, strict=True):
+        assert torch.equal(outside, inside_)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_short_and_long_texts_together_in_bf16_are_finite(family: str, tmp_path: Path, minilm_dir: Path) -> None:
     """3 and 700 tokens in one batch, forwards and backwards.
