@@ -26,6 +26,7 @@ from flipkd.cli.options import (
     unit_options,
 )
 from flipkd.cli.rescore import stage_options, take_stage
+from flipkd.cli.unused import refuse_encoder_options, refuse_unused
 from flipkd.config import EncodeConfig, ScoreConfig
 from flipkd.errors import ConfigError
 
@@ -112,6 +113,8 @@ def score(as_json: bool, log_level: str, dry_run: bool, rescore_scores: str | No
         columns=None if columns is None else tuple(name.strip() for name in columns.split(",") if name.strip()),
         **options,
     )
+    if config.encoder is None:
+        refuse_encoder_options(encoder)
     if second is not None:
         from flipkd.run import cascade, cascade_cost
 
@@ -121,6 +124,7 @@ def score(as_json: bool, log_level: str, dry_run: bool, rescore_scores: str | No
         manifest = cascade.score_and_rescore(config, second, rescore_scores)
         report_job(manifest, config.output, as_json, forgotten_option(config))
         return
+    refuse_unused(config)  # the LLM of a cascade may read records and texts that scoring does not
     from flipkd.run import pipeline
 
     if dry_run:

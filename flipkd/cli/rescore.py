@@ -22,6 +22,7 @@ from flipkd.cli.options import (
     take_run,
     unit_options,
 )
+from flipkd.cli.unused import refuse_unused
 from flipkd.config import RunOptions
 from flipkd.errors import ConfigError
 from flipkd.models.llm_options import LlmOptions
@@ -114,6 +115,7 @@ def rescore(as_json: bool, log_level: str, dry_run: bool, **options: Any) -> Non
     """Let an LLM answer for the pairs near the threshold."""
     set_up_logging(log_level)
     config = RescoreConfig(llm=_take_llm(options), run=take_run(options), **options)
+    refuse_unused(config)
     from flipkd.run import rescore_cost
     from flipkd.run.rescore import rescore as run
 

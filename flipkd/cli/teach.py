@@ -21,6 +21,7 @@ from flipkd.cli.options import (
     take_run,
     unit_options,
 )
+from flipkd.cli.unused import refuse_unused
 from flipkd.config import DEFAULT_LABEL_COLUMN, TeachConfig
 
 
@@ -51,4 +52,5 @@ def teach(as_json: bool, log_level: str, **options: Any) -> None:
     from flipkd.run.teach import teach as run
 
     config = TeachConfig(teacher=take_encoder(options), run=take_run(options), **options)
+    refuse_unused(config)
     report_job(run(config), config.output, as_json, forgotten_option(config))
