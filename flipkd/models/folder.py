@@ -233,6 +233,10 @@ def _read_folder(path: Path) -> ModelFolder:
         else:
             raise ModelError(f"{path}/modules.json: a second {name} module is not supported")
     pooling = read_json(modules[1][1] / "config.json")
+    if not pooling:
+        raise ModelError(
+            f"{modules[1][1]}/config.json is not there or empty, so how to pool is not known; copy the folder again"
+        )
     transformer_path = modules[0][1]
     settings = read_transformer(transformer_path)
     check_weights(transformer_path)

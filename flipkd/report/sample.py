@@ -123,8 +123,11 @@ class Reservoirs:
 
 
 def allocate(rows: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.int64]:
-    """[H] pairs to draw of each stratum: equal, at least two, at most what it has; what is left goes to others."""
-    shares = np.minimum(rows, _LEAST_PER_STRATUM)
+    """[H] pairs to draw of each stratum: equal, at least two (one where ``size`` is below 2 H), at most what it has.
+
+    What is left goes to others.
+    """
+    shares = np.minimum(rows, min(_LEAST_PER_STRATUM, max(size // len(rows), 1)))
     while (left := size - int(shares.sum())) > 0 and (room := np.flatnonzero(shares < rows)).size:
         step = max(left // len(room), 1)
         for place in room[:left] if step == 1 else room:
@@ -168,7 +171,8 @@ def draw_sample(
         pass
     if not counts.scores.total:
         raise InputError(f"{scores.uri} has no row with a score to sample")
-    strata = equal_steps(counts.scores.smallest, counts.scores.largest)
+    few = min(_STRATA, max(size // _LEAST_PER_STRATUM, 1))  # or a small sample would be larger than was asked for
+    strata = equal_steps(counts.scores.smallest, counts.scores.largest, few)
     reservoirs = Reservoirs(strata, size, random_numbers(seed))
     for batch in scan(scores, shards, score_column, names, RowCounts(), advance):
         reservoirs.add(batch.table.select(names), batch.score)

@@ -87,6 +87,14 @@ REFUSED: dict[str, tuple[Change, str]] = {
         "stride not supported",
     ),
     "pooling": (edit("1_Pooling/config.json", pooling_mode="attention"), "'attention' is not supported"),
+    "no pooling settings": (
+        lambda folder: (folder / "1_Pooling" / "config.json").write_text("{}"),
+        "so how to pool is not known",
+    ),
+    "lost pooling settings": (
+        lambda folder: (folder / "1_Pooling" / "config.json").unlink(),
+        "how to pool is not known",
+    ),
     "token vectors": (edit("2_Normalize/config.json", module_input_name="token_embeddings"), "token_embeddings"),
     "pickle": (pickled, "only pytorch_model.bin.*safe_serialization"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no weights"),

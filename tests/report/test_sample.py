@@ -25,8 +25,9 @@ def test_allocation_is_equal_where_it_can_be(rows: list[int], size: int) -> None
     counts = np.array(rows, np.int64)
     shares = allocate(counts, size)
     assert np.all(shares <= counts)
-    assert np.all(shares >= np.minimum(counts, 2))
-    assert shares.sum() == max(min(size, counts.sum()), np.minimum(counts, 2).sum())
+    least = np.minimum(counts, 2 if size >= 2 * len(rows) else 1)
+    assert np.all(shares >= least)
+    assert shares.sum() == max(min(size, counts.sum()), least.sum())
     free = shares[shares < counts]
     assert not len(free) or free.max() - free.min() <= 1
 
@@ -83,6 +84,18 @@ def test_every_row_of_a_stratum_is_as_likely_whatever_batch_it_is_in() -> None:
         chances = times[stratum * 250 : (stratum + 1) * 250]
         assert chances.sum() == 300 * 10
         assert chances.reshape(5, 50).sum(1) == pytest.approx(np.full(5, 600), rel=0.2)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 10, 39, 41])
+def test_a_small_sample_is_as_large_as_was_asked_for(size: int, make_scores: MakeScores, tmp_path: Path) -> None:
+    """10 drew 40: two of each of 20 strata."""
+    scores = make_scores(score_table(rows=2_000, share=0.1).drop_columns(["label"]))
+    target = tmp_path / "sample.parquet"
+    assert evaluate(EvaluateConfig(scores=str(scores), output=str(target), sample=size))["pairs"] == size
+    drawn = pq.read_table(target)
+    assert drawn.num_rows == size
+    per_stratum = pc.value_counts(drawn.column("sample_stratum")).field("counts").to_pylist()
+    assert size == 1 or min(per_stratum) >= 2
 
 
 def test_a_sample_is_written_labelled_and_read_back(make_scores: MakeScores, tmp_path: Path) -> None:
