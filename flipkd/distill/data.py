@@ -175,16 +175,16 @@ class BatchOrder:
 
     Args:
         pairs: P pairs.
-        size: pairs in a batch.
+        size: pairs in a batch; all of them where there are fewer.
         seed: of the order.
     """
 
     def __init__(self, pairs: TrainingPairs, size: int, seed: int) -> None:
-        self._pairs, self._size, self._seed = pairs, size, seed
+        self._pairs, self._size, self._seed = pairs, min(size, len(pairs)), seed
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
     def batch(self, number: int) -> npt.NDArray[np.int64]:
-        """Places of the pairs of batch ``number``, counted from 0 through all epochs, [size]."""
+        """Places of the pairs of batch ``number``, counted from 0 through all epochs."""
         start, left, chosen = number * self._size, self._size, []
         while left:
             epoch, offset = divmod(start, len(self._pairs))

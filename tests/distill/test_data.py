@@ -116,6 +116,9 @@ def test_every_epoch_has_every_pair_once_and_left_texts_together(pairs_dir: Path
         assert np.count_nonzero(lefts[1:] != lefts[:-1]) == len(np.unique(lefts)) - 1
     assert not np.array_equal(seen[: len(pairs)], seen[len(pairs) : 2 * len(pairs)])
     np.testing.assert_array_equal(BatchOrder(pairs, 10, seed=3).batch(20), order.batch(20))
+    whole = BatchOrder(pairs, 10**9, seed=3)  # it would fill memory with copies of the same pairs
+    for number in range(3):
+        np.testing.assert_array_equal(np.sort(whole.batch(number)), np.arange(len(pairs)))
 
 
 def test_held_out_pairs_share_no_left_text(pairs_dir: Path) -> None:
