@@ -13,10 +13,12 @@ The data sets stand in ``benchmarks.quality_sets``. The split is the same for ev
 - *weak_teacher*: the same with a tenth of the labels. *cross_encoder*: MiniLM with a head that reads both texts.
 - *untrained*: SmolLM2's lower blocks and A where every student starts: the whitening of training texts.
 - *lm*: all of SmolLM2, its LoRA trained on the language model's loss alone; its answer is the score.
-- *cosent*, *margin_mse*, *kl*: the student, trained on labels alone, or by a plain distillation loss.
+- *cosent*, *cosent_infonce*: the student, trained on labels alone, without and with in-batch negatives.
+- *margin_mse*, *kl*: the student, trained by a plain distillation loss.
 - *flip*: the student, trained by flipped distillation from the teacher's scores and vectors, and the labels.
-- *flip_without_mcl*, *_dist*, *_filter*: the same without one part of the loss.
-- *flip_unlabelled*: flip, with as many unlabelled pairs beside the labelled ones in every batch.
+- *flip_without_mcl*, *_dist*, *_infonce*, *_filter*: the same without one part of the loss.
+- *flip_unlabelled*: flip, with as many unlabelled pairs beside the labelled ones in every batch; also
+  *flip_unlabelled_without_infonce*.
 - *flip_weak_teacher*, *flip_cross_encoder*: flip from those teachers.
 - *flip_lm*: flip with the language model's loss (all blocks are trained); *flip_decoder*: the answer of that run.
 - *sweep* stands for flip with one option changed, each in turn: to choose options, with ``--split validation``.

@@ -39,13 +39,16 @@ _WITH_LM = LossOptions(weight_lm=0.1)
 COMPARED = {
     "lm": Student(LossOptions(objective="lm"), answers=True),
     "cosent": Student(LossOptions(objective="cosent")),
+    "cosent_infonce": Student(LossOptions(objective="cosent_infonce")),
     "margin_mse": Student(LossOptions(objective="margin_mse")),
     "kl": Student(LossOptions(objective="kl")),
     "flip": Student(),
     "flip_without_mcl": Student(LossOptions(weight_mcl=0.0)),
     "flip_without_dist": Student(LossOptions(weight_pairs=0.0, weight_matrix=0.0)),
+    "flip_without_infonce": Student(LossOptions(weight_infonce=0.0)),
     "flip_without_filter": Student(LossOptions(positive_threshold=-np.inf, negative_threshold=np.inf)),
     "flip_unlabelled": Student(unlabelled=True),
+    "flip_unlabelled_without_infonce": Student(LossOptions(weight_infonce=0.0), unlabelled=True),
     "flip_weak_teacher": Student(teacher="weak"),
     "flip_cross_encoder": Student(teacher="cross"),
     "flip_lm": Student(_WITH_LM),
@@ -65,12 +68,13 @@ SWEPT = {
     **{f"weight of pairs {weight:g}": Student(LossOptions(weight_pairs=weight)) for weight in (0, 10)},
     **{f"weight of matrix {weight:g}": Student(LossOptions(weight_matrix=weight)) for weight in (0, 5, 80)},
     **{f"margin between {margin}": Student(LossOptions(margin_between=margin)) for margin in (0.1, 0.4)},
+    **{f"weight of infonce {weight:g}": Student(LossOptions(weight_infonce=weight)) for weight in (1, 20)},
     "margin within 0.3": Student(LossOptions(margin_within=0.3)),
     **{f"temperature {value}": Student(LossOptions(temperature=value)) for value in (0.02, 0.1)},
     **{f"matrix temperature {value}": Student(LossOptions(matrix_temperature=value)) for value in (0.02, 0.1)},
 }
 STUDENTS = {**COMPARED, **SWEPT}
 # What is run with every seed; the others with the first one alone.
-SEEDED = ("teacher", "cosent", "flip_unlabelled", "flip", "flip_without_mcl")
+SEEDED = ("teacher", "cosent", "cosent_infonce", "flip_unlabelled", "flip", "flip_without_mcl")
 TEACHERS = ("teacher", "weak_teacher", "cross_encoder")
 METHODS = ("token_set_ratio", "minilm", *TEACHERS, "untrained", *COMPARED)

@@ -21,6 +21,7 @@ _RESULTS = Path(__file__).parent / "results" / "quality.json"
 _DRAWN = {
     "teacher": "small model (teacher)",
     "cosent": "student on labels (CoSENT)",
+    "cosent_infonce": "student on labels (CoSENT, InfoNCE)",
     "flip": "student, flipped",
     "flip_unlabelled": "student, flipped, with unlabelled pairs",
 }

@@ -67,6 +67,7 @@ def test_ablations_differ_from_flip_in_one_part_alone() -> None:
     flip = STUDENTS["flip"].loss
     assert STUDENTS["flip_without_mcl"].loss == replace(flip, weight_mcl=0.0)
     assert STUDENTS["flip_without_dist"].loss == replace(flip, weight_pairs=0.0, weight_matrix=0.0)
+    assert STUDENTS["flip_without_infonce"].loss == replace(flip, weight_infonce=0.0)
     assert STUDENTS["flip_unlabelled"].loss == flip
     assert set(METHODS) >= set(COMPARED)
     for student in SWEPT.values():

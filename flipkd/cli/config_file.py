@@ -30,6 +30,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
     for name, value in values.items():
         if not all(isinstance(one, _PLAIN) for one in (value if isinstance(value, list) else [value])):
             raise ValueError(
-                f"option {str(name)[:100]!r}: a value must be text, a number, true or false, or a list of them"
+                f"option {str(name)[:100]!r}: a value must be text (a date in quotes), a number, true or false, or a "
+                "list of them"
             )
     return values

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flipkd.distill.config import LossOptions
+from flipkd.distill.infonce import infonce_loss
 from flipkd.distill.losses import (
     cosent_loss,
     distill_matrix_loss,
@@ -44,7 +45,7 @@ def check_objective(options: LossOptions, has_labels: bool, has_teacher: bool) -
     Raises:
         ConfigError: says what is missing.
     """
-    needs_labels = options.objective in ("cosent", "lm") or options.trains_language_model
+    needs_labels = options.objective in ("cosent", "cosent_infonce", "lm") or options.trains_language_model
     needs_teacher = options.objective in ("cosent_teacher", "margin_mse", "kl")
     if options.objective == "flip" and not has_teacher:
         needs_teacher = options.weight_pairs > 0 or options.weight_matrix > 0
@@ -91,8 +92,25 @@ def batch_loss(options: LossOptions, vectors: Tensor, batch: Batch) -> tuple[Ten
         if options.weight_matrix and batch.teacher_vectors is not None:
             matrix = distill_matrix_loss(vectors, batch.teacher_vectors, options.matrix_temperature)
             parts["matrix"] = (options.weight_matrix, matrix)
-    elif options.objective == "cosent":
-        parts["cosent"] = (1.0, cosent_loss(student, batch.labels if batch.labels is not None else nothing))
+        if options.weight_infonce and batch.labels is not None:
+            contrast = infonce_loss(
+                vectors,
+                batch.left,
+                batch.right,
+                batch.labels,
+                batch.teacher,
+                batch.teacher_vectors,
+                temperature=options.temperature,
+                positive_threshold=options.positive_threshold,
+                negative_threshold=options.negative_threshold,
+            )
+            parts["infonce"] = (options.weight_infonce, contrast)
+    elif options.objective in ("cosent", "cosent_infonce"):
+        labels = batch.labels if batch.labels is not None else nothing
+        parts["cosent"] = (1.0, cosent_loss(student, labels))
+        if options.objective == "cosent_infonce":
+            contrast = infonce_loss(vectors, batch.left, batch.right, labels, temperature=options.temperature)
+            parts["infonce"] = (options.weight_infonce, contrast)
     elif options.objective == "cosent_teacher":
         parts["cosent"] = (1.0, cosent_loss(student, teacher))
     elif options.objective == "margin_mse":

@@ -115,7 +115,7 @@ def dry_run(config: ScoreConfig) -> dict[str, Any]:
 def _distinct_records(planned: EncodePlan) -> int:
     template = planned.config.text_template
     for unit in planned.plan.units[:1]:
-        with ShardReader(open_location(planned.config.records), unit.shard) as reader:
+        with ShardReader(open_location(planned.config.records), unit.shard, may_skip=True) as reader:
             table = next(unit.read(reader, template_fields(template), SAMPLE_ROWS))
         return estimate_distinct([render_texts(table, template).values], planned.plan.rows)
     return 0
@@ -124,7 +124,7 @@ def _distinct_records(planned: EncodePlan) -> int:
 def _distinct_inline_texts(planned: ScorePlan) -> int:
     task, plan = planned.task, planned.job.plan
     for unit in plan.units[:1]:
-        with ShardReader(task.pairs, unit.shard) as reader:
+        with ShardReader(task.pairs, unit.shard, may_skip=True) as reader:
             table = next(unit.read(reader, list(dict.fromkeys(task.pair_columns)), SAMPLE_ROWS))
         texts = [normalise(as_text(table.column(name), name)[0]) for name in task.pair_columns]
         return estimate_distinct(texts, 2 * plan.rows)

@@ -214,7 +214,7 @@ def test_small_passes_and_checkpointing_end_where_large_ones_do(make_config: Mak
 
 def test_accumulated_batches_are_one_step(make_config: MakeConfig, tmp_path: Path) -> None:
     """The squared error over pairs is a mean, so two batches of 8 make the gradient of one of 16."""
-    loss = LossOptions(weight_mcl=0, weight_matrix=0)
+    loss = LossOptions(weight_mcl=0, weight_matrix=0, weight_infonce=0)
     ends = []
     for number, options in enumerate(({"batch_pairs": 16}, {"batch_pairs": 8, "accumulate": 2})):
         config = make_config(output=str(tmp_path / str(number)), loss=loss, **options)

@@ -89,7 +89,7 @@ def test_what_needs_labels_learns_nothing_from_unlabelled_pairs(make_config: Mak
     for name, options in (("with", {"unlabelled": str(unlabelled)}), ("without", {})):
         config = make_config(
             output=make_config().output + name,
-            loss=LossOptions(weight_pairs=0, weight_matrix=0, weight_lm=0.5),
+            loss=LossOptions(weight_pairs=0, weight_matrix=0, weight_infonce=0, weight_lm=0.5),
             student={"whole_tower": True},
             start="random",
             steps=3,
