@@ -154,11 +154,17 @@ def status(folder: str, watch: bool, interval: float | None, as_json: bool, log_
     set_up_logging(log_level)
     if interval is not None and not watch:
         raise ConfigError("--interval needs --watch")
-    if watch:
-        from flipkd.run.watch import watch as follow
-
-        sys.exit(follow(folder, interval_s=interval, as_json=as_json))
     from flipkd.nightly.status import night_status
     from flipkd.run.status import status as read_status
 
-    print_values(night_status(folder) or read_status(folder), as_json)
+    night = night_status(folder)
+    if not watch:
+        print_values(night or read_status(folder), as_json)
+        return
+    if night is not None:
+        raise ConfigError(
+            f"{folder}: --watch follows one job, not nights; name the output of one, or leave --watch out"
+        )
+    from flipkd.run.watch import watch as follow
+
+    sys.exit(follow(folder, interval_s=interval, as_json=as_json))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from flipkd.data.find import Shard
 from flipkd.data.json_files import parse_object
@@ -44,6 +44,13 @@ class TeacherFacts:
     def footer(self) -> dict[str, str]:
         """Key and value for a Parquet footer."""
         return {TEACHER_KEY: json.dumps(asdict(self), sort_keys=True)}
+
+
+def of_one_teacher(one: TeacherFacts | None, other: TeacherFacts | None) -> bool:
+    """Whether the scores of two tables mean the same, however their columns are called."""
+    if one is None or other is None:
+        return one is other
+    return replace(one, text_columns=other.text_columns, label_column=other.label_column) == other
 
 
 def read_teacher_facts(location: Location, shards: Sequence[Shard]) -> TeacherFacts | None:

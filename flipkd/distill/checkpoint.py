@@ -1,7 +1,7 @@
 """Checkpoints: everything that the next step depends on, published whole or not at all.
 
 A checkpoint holds LoRA's weights, AdamW's moments, and the step. The step is also the place in the data, the learning
-rate and the seed of dropout: these are functions of it (``flipkd.distill.data.batch_pairs``), so that no generator's
+rate and the seed of dropout: these are functions of it (``flipkd.distill.data.BatchOrder``), so that no generator's
 state has to be kept, and an unbroken run and a resumed one take the same numbers whoever the workers are.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -62,6 +63,15 @@ def save_checkpoint(
     publish_folder(folder / f"step-{progress.step:08d}", write)
     for old in _checkpoints(folder)[keep:]:
         remove_published(old)
+
+
+def best_steps(folder: Path) -> set[int]:
+    """Steps of the best students that the checkpoints know of; a run may go back to any of them."""
+    found = set()
+    for path in _checkpoints(folder):
+        with suppress(OSError, ValueError, LookupError, TypeError):  # it is damaged, so nobody goes back to it
+            found.add(json.loads((path / "progress.json").read_text())["best_step"])
+    return found - {None}
 
 
 def load_checkpoint(folder: Path, student: Student, optimizer: torch.optim.Optimizer) -> Progress:

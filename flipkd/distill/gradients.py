@@ -57,6 +57,11 @@ def share_of_texts(ids: Sequence[Sequence[int]], workers: Workers) -> list[int]:
     return order[workers.rank :: workers.count]
 
 
+def seed_dropout(numbers: Sequence[int]) -> None:
+    """Makes dropout of the pass to come a function of these numbers: in a resumed run it is what it would have been."""
+    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+
+
 def backward_vectors(
     student: Student,
     ids: Sequence[Sequence[int]],
@@ -82,7 +87,7 @@ def backward_vectors(
     chunks = [[own[place] for place in chunk] for chunk in token_chunks([ids[place] for place in own], max_tokens)]
 
     def encode(number: int) -> Tensor:
-        torch.manual_seed(int(np.random.SeedSequence([*seed, workers.rank, number]).generate_state(1)[0]))
+        seed_dropout([*seed, workers.rank, number])
         return student.encode_ids([ids[place] for place in chunks[number]])
 
     at_once = len(chunks) <= 1

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from flipkd.distill.gradients import seed_dropout
 from flipkd.distill.losses import language_model_loss
 from flipkd.models.llm_prompt import PairPrompt
 from flipkd.models.packed import pack, pool_texts
@@ -64,6 +65,7 @@ def backward_language_model(
     weight: float,
     count: int,
     max_tokens: int,
+    seed: Sequence[int],
 ) -> Tensor:
     """Adds the gradients of weight * L_LM; one pass of at most ``max_tokens`` tokens after the other.
 
@@ -74,6 +76,7 @@ def backward_language_model(
         weight: of the loss.
         count: pairs of the whole batch, over which the loss is a mean.
         max_tokens: tokens in one pass.
+        seed: of this batch and worker, for dropout.
 
     Returns:
         This worker's part of L_LM, without the weight.
@@ -86,7 +89,8 @@ def backward_language_model(
             prompts.append([*prompt.ids(left, right), *tokens[:place]])
             targets.append(token)
     total = torch.zeros((), device=student.device)
-    for places in token_chunks(prompts, max_tokens):
+    for number, places in enumerate(token_chunks(prompts, max_tokens)):
+        seed_dropout([*seed, number])
         logits = answer_logits(student, [prompts[place] for place in places])
         wanted = torch.tensor([targets[place] for place in places], device=student.device)
         loss = language_model_loss(logits, wanted) * (len(places) / count)

@@ -31,6 +31,7 @@ from flipkd.data.folders import (
     remove_unpublished,
 )
 from flipkd.data.location import open_location
+from flipkd.distill.checkpoint import best_steps
 from flipkd.errors import InputError, OutputError
 
 if TYPE_CHECKING:
@@ -102,14 +103,18 @@ class RunFolder:
             os.replace(temporary, self.path / METRICS_FILE)
 
     def save_best(self, student: Student, step: int) -> None:
-        """Publishes the best student so far; older ones are deleted once it is there."""
+        """Publishes the best student so far; older ones stay while a checkpoint names them."""
         from flipkd.models.adapter import save_student
 
         target = self._best / f"step-{step:08d}"
         make_private_folder(str(self._best))
         publish_folder(target, lambda folder: save_student(student, folder))
+
+    def forget_older_bests(self) -> None:
+        """Deletes best students that no checkpoint names any more."""
+        kept = {f"step-{step:08d}" for step in best_steps(self.checkpoints)}
         for old in self._best.glob("step-*"):
-            if old != target:
+            if old.name not in kept:
                 remove_published(old)
 
     def finish(self, student: Student, best_step: int | None) -> None:

@@ -157,6 +157,7 @@ class _Training:
                     if self._leads:
                         keep = config.keep_checkpoints
                         save_checkpoint(folder.checkpoints, self._student, self._optimizer, progress, keep)
+                        folder.forget_older_bests()
                         draw_learning_curve(folder.metrics(), folder.path / "learning_curve.png")
                     self._wait()
                 bar.update(1)
@@ -231,7 +232,15 @@ class _Training:
             bodies = [student.body(text) for text in ids]
             triples = [(bodies[chosen.left[i]], bodies[chosen.right[i]], int(chosen.labels[i])) for i in own]
             weight = 1.0 if config.loss.objective == "lm" else config.loss.weight_lm
-            found = backward_language_model(student, self._prompt, triples, weight, len(labelled), config.max_tokens)
+            own_seed = (
+                config.seed,
+                number,
+                self._workers.rank,
+                1,
+            )  # 1: other numbers than those of the vectors' passes
+            found = backward_language_model(
+                student, self._prompt, triples, weight, len(labelled), config.max_tokens, own_seed
+            )
             metrics["loss_lm"] = self._workers.sum(found)
             metrics["loss"] = metrics.get("loss", 0.0) + weight * metrics["loss_lm"]
         return metrics

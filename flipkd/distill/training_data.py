@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from flipkd.data.teacher_scores import of_one_teacher
 from flipkd.distill.config import TrainConfig
 from flipkd.distill.data import TrainingPairs, hold_out, read_training_pairs
 from flipkd.errors import ConfigError, InputError
@@ -53,7 +54,7 @@ def with_unlabelled(pairs: TrainingPairs, more: TrainingPairs) -> TrainingPairs:
     """
     if pairs.teacher is None or more.teacher is None:
         raise ConfigError("unlabelled pairs need teacher scores in --pairs and --unlabelled: run flipkd-batch teach")
-    if pairs.facts != more.facts:
+    if not of_one_teacher(pairs.facts, more.facts):
         raise InputError("--pairs and --unlabelled were scored by two teachers; run flipkd-batch teach with one")
     if (pairs.teacher_vectors is None) != (more.teacher_vectors is None):
         raise ConfigError("only one of --pairs and --unlabelled has teacher vectors; run flipkd-batch teach on both")

@@ -79,7 +79,8 @@ def _convert(hint: Any, value: Any, where: str, given: Given) -> Any:
 
 def _tuple(inner: tuple[Any, ...], value: Any, where: str, given: Given) -> tuple[Any, ...]:
     if isinstance(value, str) and inner[0] is str:  # as on the command line
-        value = [part.strip() for part in value.split(",")]
+        # A blank before an LLM's label is part of it.
+        value = value.split(",") if where.endswith("labels") else [part.strip() for part in value.split(",")]
     if not isinstance(value, list):
         raise ConfigError(f"{where}: expected a list, as in [a, b], not {value!r}")
     kinds = [inner[0]] * len(value) if inner[-1] is Ellipsis else list(inner)

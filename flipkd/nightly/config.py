@@ -242,6 +242,8 @@ def _located(values: Any, base: Path, key: str = "") -> Any:
     if isinstance(values, dict):
         # `encoder: FOLDER` is short for `encoder: {folder: FOLDER}`.
         names = {"encoder": "folder", "llm": "folder"}
+        if key == "folder":
+            names["labels"] = "words"  # an LLM's labels are what it answers, not a file
         return {
             name: _located(value, base, names.get(str(name), str(name).replace("-", "_")))
             for name, value in values.items()

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from flipkd.data.columns import take_rows
 from flipkd.data.find import Shard
 from flipkd.data.location import Location
 from flipkd.report.pairs import LabelledPairs
@@ -41,7 +42,7 @@ def read_examples(
     values: dict[int, list[str]] = {}
     for batch in scan(location, shards, score_column, columns, RowCounts()):
         inside = wanted[(wanted >= batch.first_row) & (wanted < batch.first_row + batch.table.num_rows)]
-        rows = batch.table.select(columns).take(inside - batch.first_row).to_pylist()
+        rows = take_rows(batch.table.select(columns), inside - batch.first_row).to_pylist()
         for row, place in zip(rows, inside.tolist(), strict=True):
             values[place] = [_text(row[name]) for name in columns]
     found: dict[str, Any] = {kind: [values[row] for row in rows.tolist()] for kind, rows in chosen.items()}

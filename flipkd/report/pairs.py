@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from flipkd.data.columns import take_rows
 from flipkd.data.find import Shard
 from flipkd.data.labels import read_labels
 from flipkd.data.location import Location
@@ -108,7 +109,7 @@ class _Gathered:
         """Keeps rows of a batch."""
         self._parts.append((batch.score[rows], label, weight, batch.first_row + rows))
         for name, parts in self._slices.items():
-            parts.append(slice_values(batch.table.column(name).take(pa.array(rows))))
+            parts.append(slice_values(take_rows(batch.table.select([name]), pa.array(rows)).column(0)))
 
     def pairs(self) -> LabelledPairs:
         """All of them."""
@@ -162,7 +163,7 @@ def from_label_column(
         found = np.flatnonzero(labelled)
         weight = np.ones(len(label))
         if weight_column is not None:
-            weight[found] = read_weights(batch.table.take(pa.array(found)), weight_column, scores.uri)
+            weight[found] = read_weights(take_rows(batch.table, pa.array(found)), weight_column, scores.uri)
         _keep(batch, found, label[found], weight[found], gathered, counts)
     return gathered.pairs(), rows, counts
 

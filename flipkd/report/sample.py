@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from flipkd.data.columns import take_rows
 from flipkd.data.commit import ShardWriter
 from flipkd.data.find import Shard
 from flipkd.data.json_files import parse_object
@@ -98,12 +99,12 @@ class Reservoirs:
                 places = places[np.argpartition(priority[places], self._capacity)[: self._capacity]]
             if not len(places):
                 continue
-            fresh = table.take(pa.array(np.sort(places)))
+            fresh = take_rows(table, pa.array(np.sort(places)))
             both = np.concatenate([priorities, priority[np.sort(places)]])
             whole = fresh if kept is None else pa.concat_tables([kept, fresh])
             if len(both) > self._capacity:
                 best = np.sort(np.argpartition(both, self._capacity)[: self._capacity])
-                whole, both = whole.take(pa.array(best)), both[best]
+                whole, both = take_rows(whole, pa.array(best)), both[best]
             self._kept[number], self._priority[number] = whole, both
 
     def draw(self, size: int) -> pa.Table:
@@ -114,7 +115,7 @@ class Reservoirs:
             if kept is None or not share:
                 continue
             best = np.sort(np.argsort(self._priority[number], kind="stable")[:share])
-            part = kept.take(pa.array(best))
+            part = take_rows(kept, pa.array(best))
             rows = int(self.rows[number])
             for name, value in ((STRATUM, number), (STRATUM_ROWS, rows)):
                 part = part.append_column(name, pa.array(np.full(len(best), value, np.int64)))
@@ -245,7 +246,7 @@ def read_sample(
         "rows_represented": int(rows[first][answered > 0].sum()),
         "unseen_matches_limit": _unseen(rows[first], answered, np.bincount(place, weights=label[labelled])),
     }
-    values = {name: slice_values(table.column(name).take(pa.array(labelled))) for name in slices}
+    values = {name: slice_values(take_rows(table.select([name]), pa.array(labelled)).column(0)) for name in slices}
     pairs = LabelledPairs(
         score[labelled], label[labelled], weight, stratum[labelled], labelled.astype(np.int64), values
     )

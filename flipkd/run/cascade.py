@@ -24,7 +24,7 @@ from flipkd.data.pairs import PairRows
 from flipkd.errors import FlipkdError
 from flipkd.kernels.pair_score import PairScores
 from flipkd.run import pipeline
-from flipkd.run.manifest import MANIFEST, WORK_FOLDER
+from flipkd.run.manifest import MANIFEST, WORK_FOLDER, read_whole_reports
 from flipkd.run.observe import observed
 from flipkd.run.output import list_outputs, locked, own_outputs, remove_folder
 from flipkd.run.overlap import refuse_other_kind, refuse_overlap
@@ -111,7 +111,10 @@ def score_and_rescore(score: ScoreConfig, rescore: RescoreConfig, scores: str | 
         # Whose folder it is must be known before hours of scoring.
         own_outputs(output, done if is_same else set(), job.rescore.run.overwrite)
         manifest = read_json(output, MANIFEST) or {}
-        if manifest.get(_FACT) != own or not manifest["complete"] or len(done) != manifest["units"]:
+        is_whole = manifest.get(_FACT) == own and manifest["complete"] and len(done) == manifest["units"]
+        if not is_whole or any(
+            isinstance(found, Exception) for found in read_whole_reports(output, dict.fromkeys(done))
+        ):
             write_json(output, _NOTE, {"fingerprint": own})
             manifest = _run(job, own)
         if manifest["complete"] and not job.keeps_scores:

@@ -147,11 +147,14 @@ def encode_planned(planned: EncodePlan, waits: bool = False) -> dict[str, Any]:
         sealed = sealed_header(Path(output.path), config.run.overwrite)
         if sealed is not None and sealed["fingerprint"] == planned.fingerprint:
             manifest = read_json(output, MANIFEST)
-            if manifest is not None:  # else the run before was killed between its last two steps
+            # Else the run before was killed between its last two steps, or could not read some records.
+            if manifest is not None and manifest["complete"]:
                 logger.info("%s is complete already", output.uri)
+                remove_folder(output.child(PARTS))  # of a run that was killed just before it did
                 return manifest
             sealed = None
-        if sealed is not None and not config.run.overwrite:
+        # One that lacks records may be finished; if its parts are of other records, run_job says so.
+        if sealed is not None and sealed["complete"] and not config.run.overwrite:
             raise ConfigError(
                 f"{output.uri} holds the store of another run, or of records that have changed since; "
                 "choose another --output, or pass --overwrite to replace it"
@@ -205,5 +208,6 @@ def _seal(planned: EncodePlan, output: Location, parts: Location, manifest: dict
         "seal_seconds": round(time.perf_counter() - started, 3),
     }
     write_json(output, MANIFEST, manifest)
-    remove_folder(parts)
+    if manifest["complete"]:  # else the next run goes on from them with what it can read
+        remove_folder(parts)
     return manifest

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from flipkd.config import EncodeConfig
+from flipkd.data.columns import take_rows
 from flipkd.data.commit import writing
 from flipkd.data.find import PARQUET_SUFFIXES, find_shards
 from flipkd.data.location import Location, open_location, reason
@@ -91,9 +92,12 @@ def _read_ids(path: str, column: str) -> pa.Array:
     """The distinct ids of a file, in the form of ``_comparable``."""
     location = open_location(path)
     if path.lower().endswith(PARQUET_SUFFIXES):
-        with ShardReader(location, find_shards(location)[0]) as reader:
-            name = reader.schema.names[0] if len(reader.schema.names) == 1 else column
-            ids = _comparable(pa.concat_tables(reader.all_batches([name], _BATCH_ROWS)).column(0), name)
+        found = []
+        for shard in find_shards(location):  # it may be a folder: Spark names them so
+            with ShardReader(location, shard) as reader:
+                name = reader.schema.names[0] if len(reader.schema.names) == 1 else column
+                found += [_comparable(table.column(0), name) for table in reader.all_batches([name], _BATCH_ROWS)]
+        ids = pa.concat_arrays(found)
     else:
         try:
             with location.filesystem.open_input_stream(location.path) as source:
@@ -125,7 +129,11 @@ def _texts_of(records: Location, config: EncodeConfig, wanted: pa.Array) -> tupl
                 ids = _comparable(table.column(config.id_column), config.id_column)
                 chosen = pc.is_in(ids, value_set=wanted)
                 known.append(ids.filter(chosen))
-                texts.append(render_texts(table.filter(chosen), config.text_template).values.drop_null())
+                texts.append(
+                    render_texts(
+                        take_rows(table, pa.array(np.flatnonzero(chosen))), config.text_template
+                    ).values.drop_null()
+                )
     return pc.unique(pa.concat_arrays(texts)), len(pc.unique(pa.concat_arrays(known)))
 
 

@@ -49,6 +49,8 @@ class UnitReport:
         counts: further counts (``truncated``, ``distinct_texts``, ``tokens`` ...).
         seconds: time per stage; kept out of the footer, where it would change the bytes.
         error: why the unit failed, when failures are counted and not raised.
+        basis: fingerprint of what else than its own rows and options has decided the output, such as the other units
+            that it was compared with; empty for nothing.
     """
 
     output: str
@@ -58,6 +60,7 @@ class UnitReport:
     counts: Mapping[str, int] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     error: str | None = None
+    basis: str = ""
 
     def footer(self, kind: str, run_fingerprint: str, unit_fingerprint: str) -> dict[str, str]:
         """Key-value pairs for the output's Parquet footer: the same bytes whoever computes the unit, and when."""
@@ -69,6 +72,7 @@ class UnitReport:
             "rows_out": self.rows_out,
             "reasons": {reason: count for reason, count in sorted(self.reasons.items()) if count},
             "counts": dict(sorted(self.counts.items())),
+            **({"basis": self.basis} if self.basis else {}),
         }
         return {UNIT_KEY: json.dumps(facts, sort_keys=True)}
 
@@ -91,9 +95,10 @@ def read_report(root: Location, name: str, unit_fingerprint: str | None = None) 
             footer = pq.ParquetFile(source).metadata
         facts = parse_object((footer.metadata or {})[UNIT_KEY.encode()])
         check_fields(facts, rows_in=int, rows_out=int, reasons=dict, counts=dict)
-        for counted in (facts["reasons"], facts["counts"]):
-            check_fields(counted, **dict.fromkeys(counted, int))
-        report = UnitReport(name, facts["rows_in"], facts["rows_out"], facts["reasons"], facts["counts"])
+        for numbers in (facts["reasons"], facts["counts"]):
+            check_fields(numbers, **dict.fromkeys(numbers, int))
+        counted = (facts["rows_in"], facts["rows_out"], facts["reasons"], facts["counts"])
+        report = UnitReport(name, *counted, basis=str(facts.get("basis", "")))
         if footer.num_rows != report.rows_out or _end_of_pages(footer) > size_bytes - footer.serialized_size - 8:
             raise ValueError("rows or pages are missing")
         if unit_fingerprint not in (None, facts["unit"]):
@@ -135,17 +140,17 @@ def read_reports(root: Location, names: Iterable[str]) -> list[UnitReport]:
         return list(pool.map(lambda name: read_report(root, name), names))
 
 
-def read_whole_reports(root: Location, units: Iterable[tuple[str, str]]) -> list[UnitReport | InputError]:
+def read_whole_reports(root: Location, units: Mapping[str, str | None]) -> list[UnitReport | InputError]:
     """Reports of committed outputs, or why one cannot be used.
 
     Args:
         root: the output folder.
-        units: name and unit fingerprint of each output.
+        units: unit fingerprint of each output, by its name; None for any.
     """
 
-    def one(unit: tuple[str, str]) -> UnitReport | InputError:
+    def one(name: str) -> UnitReport | InputError:
         try:
-            return read_report(root, *unit)
+            return read_report(root, name, units[name])
         except InputError as error:
             return error
 

@@ -13,7 +13,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -226,7 +226,7 @@ def own_outputs(output: Location, wanted: Collection[str], overwrite: bool) -> s
 
 def _whole(output: Location, found: Mapping[str, str]) -> dict[str, UnitReport]:
     done = {}
-    for name, report in zip(found, read_whole_reports(output, found.items()), strict=True):
+    for name, report in zip(found, read_whole_reports(output, found), strict=True):
         if isinstance(report, UnitReport):
             done[name] = report
             continue
@@ -244,6 +244,21 @@ def remove_outputs(output: Location, names: Iterable[str]) -> None:
     with writing(output.uri):
         for name in sorted(names):
             output.filesystem.delete_file(output.child(name).path)
+
+
+def remove_otherwise_made(
+    output: Location, done: Mapping[str, UnitReport], basis: Callable[[str], str]
+) -> dict[str, UnitReport]:
+    """Deletes outputs that were made of something else than can be read now; returns the others.
+
+    Args:
+        output: the locked folder.
+        done: what ``prepare`` has found.
+        basis: from the name of an output to what ``UnitReport.basis`` has to be.
+    """
+    kept = {name: report for name, report in done.items() if report.basis == basis(name)}
+    remove_outputs(output, done.keys() - kept.keys())
+    return kept
 
 
 def remove_folder(location: Location) -> None:

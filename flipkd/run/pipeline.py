@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,12 +23,12 @@ from flipkd.run.encode import (
 from flipkd.run.job import Job, plan_facts, run_job
 from flipkd.run.manifest import MANIFEST, UnitReport, glance
 from flipkd.run.observe import observed
-from flipkd.run.output import locked, prepare, remove_folder, remove_outputs
+from flipkd.run.output import locked, prepare, remove_folder, remove_otherwise_made
 from flipkd.run.overlap import refuse_other_kind
 from flipkd.run.plan_score import ScorePlan, plan_score, remove_stale
-from flipkd.run.score import ScoreWorker
-from flipkd.run.texts import SAMPLE_ROWS, TEXT_COLUMN, TextsTask, TextsWorker, estimate_distinct, merge_texts
-from flipkd.run.top_k import TopKTask, TopKWorker, compare_candidates, otherwise_compared
+from flipkd.run.score import ScoreTask, ScoreWorker
+from flipkd.run.texts import SAMPLE_ROWS, TEXT_COLUMN, TextsTask, TextsWorker, estimate_distinct, is_merged, merge_texts
+from flipkd.run.top_k import TopKTask, TopKWorker, compare_candidates
 from flipkd.run.units import Plan, fingerprint, without_failed
 
 logger = logging.getLogger(__name__)
@@ -58,9 +58,13 @@ def score(config: ScoreConfig) -> dict[str, Any]:
                 plan = found if config.top_k is not None else without_failed(job.plan, found, done)
                 job = replace(job, plan=plan)
                 stages.update(texts_stages)
+            task = replace(planned.task, basis=_unread_records(stages))
+            basis = task.basis
             if config.top_k is not None:
-                job, stages["candidates"], stale = _top_k_job(planned, job, done)
-                done = {name: report for name, report in done.items() if name not in stale}
+                job, stages["candidates"], basis = _top_k_job(planned, task, job)
+            elif basis:
+                job = replace(job, make_worker=partial(ScoreWorker, task))
+            done = remove_otherwise_made(job.output, done, lambda _: basis)
             job = replace(job, skipped_units=skipped_before(stages, planned.job.plan, job.plan))
         complete = all(stage.get("complete", True) for stage in stages.values())
         manifest = run_job(replace(job, about={**job.about, "stages": stages, "stages_complete": complete}), done)
@@ -176,32 +180,47 @@ def encode_inline(job: Job, texts: TextsTask, work: Location, encode: EncodeConf
     )
     failed = {failure["output"] for failure in listed["skipped_units"]}
     units = [unit for unit in job.plan.units if unit.output not in failed]
-    merge_texts(texts.output, [unit.output for unit in units], work.child("texts"))
+    names, merged = [unit.output for unit in units], work.child("texts")
+    if not is_merged(names, merged):
+        # What an earlier run has made holds the texts of other units: some could not be read then, or cannot now.
+        remove_folder(open_location(encode.output))
+        merge_texts(texts.output, names, merged)
     encoded = encode_planned(plan_encode(encode))
     return replace(job.plan, units=units), {"texts": summary(listed), "encode": summary(encoded)}
 
 
-def _top_k_job(planned: ScorePlan, job: Job, done: Iterable[str]) -> tuple[Job, dict[str, Any], list[str]]:
+def _unread_records(stages: Mapping[str, Mapping[str, Any]]) -> str:
+    """Fingerprint of the records that ``encode`` could not read: their pairs have no score. Empty where all were."""
+    unread = [
+        [side, key, one]
+        for side in ("encode_left", "encode_right")
+        for key, named in (("skipped_shards", "name"), ("skipped_units", "output"))
+        for one in sorted(entry[named] for entry in stages.get(side, {}).get(key, ()))
+    ]
+    return fingerprint({"unread": unread}) if unread else ""
+
+
+def _top_k_job(planned: ScorePlan, task: ScoreTask, job: Job) -> tuple[Job, dict[str, Any], str]:
     """Scores into candidates, compares them over all units, and gives the job that writes the survivors.
 
-    Outputs among ``done`` that were compared over other units than can be read now are deleted: what survives in them
-    may differ. Their names come last.
+    What survives of a unit depends on all units that could be read: the basis of the outputs comes last.
     """
-    config, task = planned.config, planned.task
+    config = planned.config
     assert config.top_k is not None
     assert planned.work is not None
     candidates = planned.work.child("candidates")
     worker = partial(ScoreWorker, replace(task, output=candidates, top_k=config.top_k))
-    found = run_job(replace(job, kind="candidates", output=candidates, make_worker=worker))
+    scored = prepare(candidates, job.plan.units, overwrite=False)
+    scored = remove_otherwise_made(candidates, scored, lambda _: task.basis)
+    found = run_job(replace(job, kind="candidates", output=candidates, make_worker=worker), scored)
     failed = {failure["output"] for failure in found["skipped_units"]}
     units = [unit for unit in job.plan.units if unit.output not in failed]
     names = [unit.output for unit in units]
     keep = dict(zip(names, compare_candidates(candidates, names, config.top_k), strict=True))
-    last = TopKTask(candidates, task.output, task.run_fingerprint, keep, fingerprint({"compared": names}))
-    stale = otherwise_compared(task.output, done, last.compared)
-    remove_outputs(task.output, stale)
+    basis = fingerprint({"compared": names, "unread": task.basis})
+    last = TopKTask(candidates, task.output, task.run_fingerprint, keep, basis)
     last_job = replace(job, plan=replace(job.plan, units=units), make_worker=partial(TopKWorker, last))
-    return last_job, summary(found), stale
+    return last_job, summary(found), basis
 
 
 def skipped_before(stages: Mapping[str, Mapping[str, Any]], planned: Plan, left: Plan) -> list[dict[str, str]]:

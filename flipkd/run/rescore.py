@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from flipkd.data.columns import as_numbers
+from flipkd.data.columns import as_numbers, take_rows
 from flipkd.data.location import Location
 from flipkd.data.pairs import NOT_SCORED, NOT_SELECTED, distinct_texts, first_reasons, text_reasons
 from flipkd.data.record_texts import RecordTexts
@@ -30,7 +30,7 @@ from flipkd.run.job import Job, available_cores, run_job
 from flipkd.run.join import RecordTable, texts_of_ids
 from flipkd.run.manifest import UnitReport
 from flipkd.run.observe import observed
-from flipkd.run.output import locked
+from flipkd.run.output import locked, prepare, remove_otherwise_made
 from flipkd.run.overlap import refuse_other_kind
 from flipkd.run.plan_rescore import LLM_PROBABILITY, RESCORE_REASON, RescorePlan, plan_rescore
 from flipkd.run.rescore_config import RescoreConfig, budget_rows
@@ -94,6 +94,7 @@ class RescoreWorker:
                 output=task.output,
                 kind="rescore",
                 run_fingerprint=task.run_fingerprint,
+                basis=task.selection.basis(unit.output),
             )
 
     def ask(self, table: pa.Table) -> tuple[LlmAnswers, npt.NDArray[np.uint8]]:
@@ -135,7 +136,7 @@ class RescoreWorker:
         reason = np.full(rows, NOT_SELECTED, np.uint8)
         reason[~np.isfinite(values)] = NOT_SCORED
         places = np.flatnonzero(chosen)
-        pairs = table.select(task.pair_columns).take(pa.array(places))
+        pairs = take_rows(table.select(task.pair_columns), pa.array(places))
         try:
             answers, reason[places] = clock.timed("ask", self.ask, pairs)
         except NotFiniteError as error:
@@ -203,7 +204,9 @@ def rescore_planned(planned: RescorePlan, facts: Mapping[str, Any]) -> dict[str,
     """Runs a planned job whose output the caller has locked; ``facts`` are further ones for the manifest."""
     selection, about = select_pairs(planned)
     job = _job(planned, selection, about)
-    manifest = run_job(replace(job, about={**job.about, **facts}))
+    done = prepare(job.output, job.plan.units, job.run.overwrite)
+    done = remove_otherwise_made(job.output, done, selection.basis)
+    manifest = run_job(replace(job, about={**job.about, **facts}), done)
     if planned.config.fit_labels is not None:
         combination, pairs = fit_from_output(planned.output, planned.config.fit_labels)
         write_combination(planned.output, combination, pairs)

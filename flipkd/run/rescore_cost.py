@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from flipkd.data.columns import take_rows
 from flipkd.data.shards import ShardReader
 from flipkd.run.job import available_cores
 from flipkd.run.plan_rescore import RescorePlan, plan_rescore
@@ -62,6 +63,6 @@ def _sample(planned: RescorePlan, selection: Selection) -> tuple[int, pa.Table]:
         if taken < _SAMPLE_PAIRS and (chosen.any() or not parts):
             with ShardReader(planned.scores, unit.shard) as reader:
                 table = pa.concat_tables(unit.read(reader, names, TEXT_BATCH_ROWS))
-            parts.append(table.take(pa.array(np.flatnonzero(chosen)[: _SAMPLE_PAIRS - taken])))
+            parts.append(take_rows(table, pa.array(np.flatnonzero(chosen)[: _SAMPLE_PAIRS - taken])))
             taken += parts[-1].num_rows
     return count, pa.concat_tables(parts)

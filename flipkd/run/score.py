@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from flipkd.config import SCORE_COLUMNS
 from flipkd.data.calibration import Calibration, kernel_arguments, probabilities
+from flipkd.data.columns import take_rows
 from flipkd.data.location import Location
 from flipkd.data.pairs import PairRows, resolve_ids, resolve_texts
 from flipkd.data.shards import ShardReader
@@ -45,6 +46,7 @@ class ScoreTask:
         min_score: only pairs with at least this score are written.
         top_k: only the K best pairs of each left record *within a batch* are written, with the columns that
             ``flipkd.run.top_k`` compares them by.
+        basis: fingerprint of the records that could not be read, see ``UnitReport``; empty where all could.
     """
 
     pairs: Location
@@ -59,6 +61,7 @@ class ScoreTask:
     threshold: float | None
     min_score: float | None
     top_k: int | None = None
+    basis: str = ""
 
 
 def output_columns(task: ScoreTask, input_names: Sequence[str]) -> list[str]:
@@ -117,6 +120,7 @@ class ScoreWorker:
                 output=task.output,
                 kind="score",
                 run_fingerprint=task.run_fingerprint,
+                basis=task.basis,
             )
 
     def _score_batch(self, table: pa.Table, pairs: PairRows, names: Sequence[str]) -> pa.Table:
@@ -162,7 +166,7 @@ def assemble(
     reason, truncated = pairs.reason, pairs.truncated
     if scores.position is not None:  # survivors only; a pair without a score is none
         take = pa.array(scores.position)
-        table = table.take(take)
+        table = take_rows(table, take)
         unscored = None
         reason = None if reason is None else reason[scores.position]
         truncated = None if truncated is None else truncated[scores.position]

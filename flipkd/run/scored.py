@@ -62,6 +62,7 @@ def write_scored(
     kind: str,
     run_fingerprint: str,
     metadata: Mapping[str, str] | None = None,
+    basis: str = "",
 ) -> UnitReport:
     """Scores the batches of a unit and commits its output.
 
@@ -73,6 +74,7 @@ def write_scored(
         kind: of the job, for the footer.
         run_fingerprint: of the run.
         metadata: further key-value pairs for the footer.
+        basis: see ``UnitReport``.
     """
     clock = StageClock()
     rows_in = rows_out = 0
@@ -97,7 +99,7 @@ def write_scored(
             counts.update(scored.counts)
         assert writer is not None  # a reader gives at least one table
         counted = {name: int(count) for name, count in zip(REASONS, reasons, strict=True) if name is not None}
-        report = UnitReport(unit.output, rows_in, rows_out, counted, counts, clock.seconds)
+        report = UnitReport(unit.output, rows_in, rows_out, counted, counts, clock.seconds, basis=basis)
         writer.add_metadata(report.footer(kind, run_fingerprint, unit.fingerprint))
         clock.timed("write", writer.commit)
     return report

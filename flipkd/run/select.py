@@ -20,7 +20,7 @@ from flipkd.data.columns import as_numbers
 from flipkd.data.location import Location
 from flipkd.data.shards import ShardReader
 from flipkd.errors import InputError
-from flipkd.run.units import WorkUnit
+from flipkd.run.units import WorkUnit, fingerprint
 
 _BATCH_ROWS = 1 << 20
 _BINS = 1 << 16
@@ -46,6 +46,11 @@ class Band:
         mask: Mask = (values >= low) & (values <= high)
         return mask
 
+    def basis(self, unit: str) -> str:
+        """See ``UnitReport.basis``: a pair is in the band whatever other pairs there are."""
+        del unit
+        return ""
+
 
 @dataclass(frozen=True)
 class Nearest:
@@ -68,6 +73,10 @@ class Nearest:
         ties = np.flatnonzero(scored & (distances == self.cut))
         mask[ties[: self.at_cut.get(unit, 0)]] = True
         return mask
+
+    def basis(self, unit: str) -> str:
+        """See ``UnitReport.basis``: where the cut is depends on all pairs that can be read."""
+        return fingerprint({"cut": self.cut, "at_cut": self.at_cut.get(unit, 0)})
 
 
 Selection = Band | Nearest

@@ -23,7 +23,7 @@ from flipkd.data.records import DIGEST_BYTES, text_digests
 from flipkd.data.shards import ShardReader
 from flipkd.run.manifest import MANIFEST, UnitReport, read_output
 from flipkd.run.output import remove_folder
-from flipkd.run.units import WorkUnit
+from flipkd.run.units import WorkUnit, fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -100,18 +100,20 @@ def estimate_distinct(sample: Sequence[pa.Array], total: int) -> int:
     return min(round(len(counts) + once * (once - 1) / (2 * (twice + 1))), total)
 
 
-def merge_texts(lists: Location, names: Sequence[str], output: Location) -> int:
-    """Keeps the first of each text over all lists, in order, as Parquet files below ``output``.
+def is_merged(names: Sequence[str], output: Location) -> bool:
+    """Whether ``merge_texts`` has made ``output`` of these lists.
 
-    Needs 24 bytes of memory per listed text while it runs. A finished merge is left as it is, so that the files, and
-    with them the fingerprint of the encode job, stay the same when a run is resumed.
-
-    Returns:
-        The number of distinct texts.
+    Then it stays, so that its files, and with them the fingerprint of the encode job, are the same in a resumed run.
     """
     finished = read_json(output, MANIFEST)
-    if finished is not None:
-        return int(finished["rows"])
+    return finished is not None and finished.get("lists") == fingerprint({"lists": list(names)})
+
+
+def merge_texts(lists: Location, names: Sequence[str], output: Location) -> None:
+    """Keeps the first of each text over all lists, in order, as Parquet files below ``output``.
+
+    Needs 24 bytes of memory per listed text while it runs.
+    """
     remove_folder(output)
     digests = [_as_keys(read_output(lists, name, ["id"]).column("id")) for name in names]
     keys = np.concatenate(digests) if digests else np.empty(0, f"V{DIGEST_BYTES}")
@@ -128,9 +130,7 @@ def merge_texts(lists: Location, names: Sequence[str], output: Location) -> int:
                 writer.write(pa.concat_tables(waiting))
                 writer.commit()
             files, waiting = files + 1, []
-    rows = int(first.sum())
-    write_json(output, MANIFEST, {"rows": rows})
-    return rows
+    write_json(output, MANIFEST, {"rows": int(first.sum()), "lists": fingerprint({"lists": list(names)})})
 
 
 def _as_keys(digests: pa.ChunkedArray) -> npt.NDArray[np.void]:

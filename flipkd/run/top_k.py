@@ -8,15 +8,14 @@ that stands first in the input.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from flipkd.data.columns import take_rows
 from flipkd.data.commit import ShardWriter, write_options
 from flipkd.data.location import Location
 from flipkd.run.manifest import UnitReport, read_output, read_reports
@@ -24,7 +23,6 @@ from flipkd.run.units import WorkUnit
 
 LEFT_ROW = "flipkd_left_row"
 SCORE = "flipkd_score"
-_COMPARED_KEY = "flipkd.compared"
 Positions = npt.NDArray[np.int64]
 
 
@@ -71,14 +69,14 @@ class TopKTask:
         output: the output folder.
         run_fingerprint: of the run.
         keep: per unit output name, the places of the survivors.
-        compared: fingerprint of the units whose candidates were compared; it stands in the footers.
+        basis: fingerprint of the units whose candidates were compared; see ``UnitReport``.
     """
 
     candidates: Location
     output: Location
     run_fingerprint: str
     keep: dict[str, Positions]
-    compared: str
+    basis: str
 
 
 class TopKWorker:
@@ -92,23 +90,11 @@ class TopKWorker:
         """Runs one unit."""
         task, started = self._task, time.perf_counter()
         table = read_output(task.candidates, unit.output, None).drop_columns([LEFT_ROW, SCORE])
-        table = table.take(pa.array(task.keep[unit.output]))
+        table = take_rows(table, pa.array(task.keep[unit.output]))
         (seen,) = read_reports(task.candidates, [unit.output])
-        report = UnitReport(unit.output, seen.rows_in, table.num_rows, seen.reasons, seen.counts, {"top_k": 0.0})
-        metadata = report.footer("score", task.run_fingerprint, unit.fingerprint) | {_COMPARED_KEY: task.compared}
+        report = replace(seen, rows_out=table.num_rows, basis=task.basis)
+        metadata = report.footer("score", task.run_fingerprint, unit.fingerprint)
         with ShardWriter(task.output, unit.output, table.schema, metadata, write_options(table)) as writer:
             writer.write(table, 1 << 20)
             writer.commit()
-        return UnitReport(**{**vars(report), "seconds": {"top_k": time.perf_counter() - started}})
-
-
-def otherwise_compared(output: Location, names: Iterable[str], compared: str) -> list[str]:
-    """Those of the committed outputs that were compared over other units; see ``TopKTask.compared``."""
-
-    def one(name: str) -> str | None:
-        with output.filesystem.open_input_file(output.child(name).path) as source:
-            found = (pq.ParquetFile(source).metadata.metadata or {}).get(_COMPARED_KEY.encode())
-        return None if found == compared.encode() else name
-
-    with ThreadPoolExecutor(max_workers=16) as pool:
-        return [name for name in pool.map(one, names) if name is not None]
+        return replace(report, seconds={"top_k": time.perf_counter() - started})

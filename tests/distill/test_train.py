@@ -82,7 +82,7 @@ def test_no_text_stands_in_the_run_folder(make_config: MakeConfig, icd9: list[tu
     assert not [long for _, long, _ in icd9[:120] if long.lower().encode() in told]
 
 
-@pytest.mark.parametrize("objective", ["flip", "cosent"])
+@pytest.mark.parametrize("objective", ["flip", "cosent", "lm"])
 def test_resumed_weights_are_those_of_an_unbroken_run(
     make_config: MakeConfig, tmp_path: Path, objective: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,7 +91,8 @@ def test_resumed_weights_are_those_of_an_unbroken_run(
     ray#46814; ray#41700.
     """
     loss = LossOptions(objective=objective)  # type: ignore[arg-type]
-    options: dict[str, Any] = {"student": {"dropout": 0.2}, "loss": loss, "checkpoint_every": 2}
+    student = {"dropout": 0.2, "whole_tower": objective == "lm"}
+    options: dict[str, Any] = {"student": student, "loss": loss, "checkpoint_every": 2}
     whole = make_config(output=str(tmp_path / "whole"), **options)
     train(whole)
     broken = make_config(output=str(tmp_path / "broken"), **options)
@@ -118,6 +119,32 @@ def test_resumed_weights_are_those_of_an_unbroken_run(
     assert_same(*(load_file(newest_checkpoint(each) / "optimizer.safetensors") for each in (broken, whole)))
     strip = [[{k: v for k, v in line.items() if k != "seconds"} for line in lines(each)] for each in (broken, whole)]
     assert strip[0] == strip[1]
+
+
+def test_the_best_student_stays_while_a_checkpoint_names_it(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step after the last checkpoint was better; when it was taken again (on a GPU, in bf16) it was not."""
+    import flipkd.distill.train as module
+
+    config = make_config(steps=5, evaluate_every=1, checkpoint_every=2, validation_fraction=0.2)
+    values: list[float] = []
+    monkeypatch.setattr(module, "validate", lambda *_, **__: {"auc": values.pop(0)})
+    real, killed_at = module._Training._step, [3]
+
+    def step(self: Any, number: int) -> Any:
+        if [number] == killed_at:
+            raise KeyboardInterrupt
+        return real(self, number)
+
+    monkeypatch.setattr(module._Training, "_step", step)
+    values[:] = [0.4, 0.5, 0.9]
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    killed_at.clear()
+    values[:] = [0.45, 0.48, 0.49]
+    assert train(config)["best_step"] == 2
+    assert not (Path(config.output) / "best").exists()
 
 
 # ``train`` that is killed when the weights of its fifth checkpoint are written, and half of the moments.

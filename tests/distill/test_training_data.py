@@ -11,11 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from flipkd.config import EncoderOptions, TeachConfig
+from flipkd.data.teacher_scores import TeacherFacts
 from flipkd.distill.config import LossOptions, TrainConfig
 from flipkd.distill.data import TrainingPairs, read_training_pairs
 from flipkd.distill.train import train
 from flipkd.distill.training_data import read_training_data, with_unlabelled
 from flipkd.errors import ConfigError, InputError
+from flipkd.run.teach import teach
 from tests.distill.conftest import MakeConfig
 
 
@@ -101,13 +104,38 @@ def test_what_needs_labels_learns_nothing_from_unlabelled_pairs(make_config: Mak
         torch.testing.assert_close(ends[0][name], ends[1][name], atol=1e-5, rtol=1e-3)
 
 
+def test_one_teacher_is_known_whatever_the_columns_are_called(tmp_path: Path, minilm_dir: Path) -> None:
+    """Labelled pairs and candidates without a column of labels, as ``teach`` writes them."""
+    texts = [["acute renal failure", "cholera", "sepsis"], ["kidney failure", "typhoid", "septic shock"]]
+    for name, columns in (
+        ("labelled", {"left_text": texts[0], "right_text": texts[1], "label": [1, 0, 1]}),
+        ("candidates", {"a": texts[1], "b": texts[0]}),
+    ):
+        pq.write_table(pa.table(columns), tmp_path / f"{name}.parquet")
+        left, right = list(columns)[:2]
+        teacher = EncoderOptions(str(minilm_dir), device="cpu", max_length=64)
+        teach(
+            TeachConfig(
+                teacher, str(tmp_path / f"{name}.parquet"), str(tmp_path / name), left_text=left, right_text=right
+            )
+        )
+    pairs = read_training_pairs(str(tmp_path / "labelled"))
+    both = with_unlabelled(pairs, read_training_pairs(str(tmp_path / "candidates"), ignores_labels=True))
+    assert len(both) == 6
+    assert both.labels is not None
+    assert np.isnan(both.labels[3:]).all()
+    assert both.teacher_vectors is not None
+    assert len(both.texts) == len(both.teacher_vectors) == 6
+
+
 def test_unlabelled_pairs_need_scores_of_the_same_teacher(
     make_config: MakeConfig, unlabelled: Path, pairs_dir: Path
 ) -> None:
     pairs = read_training_pairs(str(pairs_dir))
     for missing in ("teacher", "facts"):
         other = read_training_pairs(str(unlabelled), ignores_labels=True)
-        object.__setattr__(other, missing, None if missing == "teacher" else object())
+        facts = TeacherFacts("cosine", None, "00", "bi-encoder", ("left_text", "right_text"))
+        object.__setattr__(other, missing, None if missing == "teacher" else facts)
         kind = ConfigError if missing == "teacher" else InputError
         with pytest.raises(kind, match="flipkd-batch teach"):
             with_unlabelled(pairs, other)

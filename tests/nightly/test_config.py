@@ -206,6 +206,18 @@ def test_the_cascade_reads_records_and_columns_as_score_does(tmp_path: Path) -> 
     assert config.rescore.run.ray == config.score.run.ray == "auto"
 
 
+@pytest.mark.parametrize("labels", [[" yes", " no"], " yes, no"])
+def test_labels_of_an_llm_are_words_and_those_of_a_report_a_path(tmp_path: Path, labels: Any) -> None:
+    """ " yes, no" became a file named so, and the night asked for its name."""
+    rescore = {"llm": {"folder": "run", "labels": labels, "prompt_file": "p.txt"}, "band": [0, 1]}
+    evaluate = {"labels": "gold/labels"}
+    config = read_config(write(tmp_path, rescore=rescore, evaluate=evaluate), SECOND)
+    assert config.rescore is not None
+    assert config.rescore.llm.labels == (" yes", " no")
+    assert config.evaluate is not None
+    assert config.evaluate.labels == str(tmp_path / "gold" / "labels")
+
+
 def test_gold_pairs_have_the_columns_of_the_candidates(tmp_path: Path) -> None:
     def key(**evaluate: Any) -> tuple[str, ...]:
         score = {**SCORE, "left_column": "cust_no", "right_column": "ref"}
