@@ -15,8 +15,8 @@ import re
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from tempfile import gettempdir
-from typing import Any
+from tempfile import TemporaryFile
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -52,12 +52,17 @@ class ShardWriter:
     ) -> None:
         self._final = root.child(name)
         folder, base = posixpath.split(self._final.path)
-        folder = folder if root.is_local else gettempdir()
         self._path = posixpath.join(folder, f".{base}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
+        self._unnamed: IO[bytes] | None = None
         try:
             with writing(self._final.uri):
-                make_private_folder(folder)
-                os.close(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+                if root.is_local:
+                    make_private_folder(folder)
+                    os.close(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+                else:
+                    # Without a name, or a killed process would leave records in the local disk's temporary folder.
+                    self._unnamed = TemporaryFile()  # noqa: SIM115 (closed with the writer)
+                    self._path = f"/dev/fd/{self._unnamed.fileno()}"
                 self._sink = pa.OSFile(self._path, "wb")
                 # Checksums: whoever reads the file sees a bit that has turned over since (see the README for the cost).
                 self._writer = pq.ParquetWriter(self._sink, schema, write_page_checksum=True, **options)
@@ -98,7 +103,10 @@ class ShardWriter:
 
     def _remove(self) -> None:
         with contextlib.suppress(OSError):
-            os.unlink(self._path)
+            if self._final.is_local:
+                os.unlink(self._path)
+            elif self._unnamed is not None:
+                self._unnamed.close()
 
 
 def _upload(path: str, target: Location) -> None:

@@ -38,7 +38,10 @@ class Location:
 
     def child(self, name: str) -> Location:
         """The location of ``name`` below this one."""
-        return Location(f"{self.uri.rstrip('/')}/{name}", posixpath.join(self.path, name), self.filesystem)
+        # What stands behind the ? of a URL says how to reach the filesystem (s3://bucket/folder?region=...).
+        place, mark, query = (self.uri, "", "") if self.is_local else self.uri.partition("?")
+        uri = f"{place.rstrip('/')}/{name}{mark}{query}"
+        return Location(uri, posixpath.join(self.path, name), self.filesystem)
 
     def naming(self, name: str) -> str:
         """How a message names the file ``name`` of this table; a table of one file is that file."""

@@ -17,6 +17,7 @@ from flipkd.kernels.encoder_ops import Texts
 from flipkd.models.bert import load_bert
 from flipkd.models.decoder import load_decoder
 from flipkd.models.folder import ModelFolder, TransformerFolder
+from flipkd.models.linear import EXACT_ROWS
 from flipkd.models.weights import check_finite
 
 # Encoder-decoder families of which the encoder alone can be loaded; sentence-transformers does the same.
@@ -60,15 +61,18 @@ def load_backbone(folder: ModelFolder, dtype: torch.dtype, device: torch.device,
             return Backbone(decoder, decoder.width, None, mixes_lengths=True)
     if dtype is torch.int8:
         raise ModelError(
-            f"{folder.transformer_path}: int8 arithmetic is there for plain BERT, Llama and Qwen2 models only; "
-            "use bf16 or float32"
+            f"{folder.transformer_path}: int8 arithmetic is there for plain BERT, Llama and Qwen2 models in one "
+            "safetensors file only; use bf16 or float32"
         )
     model = load_pretrained(folder, dtype, trust_remote_code).to(device).eval()
 
     def states(ids: Tensor, texts: Texts) -> Tensor:
         # No mask: nothing is padded, so every token counts. Causal models still mask the future by themselves.
-        output: Tensor = model(input_ids=ids.view(len(texts.lengths), -1)).last_hidden_state
-        return output.flatten(0, 1)
+        rows, count = ids.view(len(texts.lengths), -1), len(texts.lengths)
+        if 0 < ids.numel() < EXACT_ROWS:  # see there: a text's vector must not depend on its neighbours
+            rows = rows.repeat(-(-EXACT_ROWS // ids.numel()), 1)
+        output: Tensor = model(input_ids=rows).last_hidden_state
+        return output[:count].flatten(0, 1)
 
     return Backbone(states, int(model.config.get_text_config().hidden_size), position_limit(model), mixes_lengths=False)
 

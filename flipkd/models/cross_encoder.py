@@ -196,10 +196,7 @@ def load_cross_encoder(
         "token_type_ids" in transformers_tokenizer.model_input_names
         and "token_type_ids" in inspect.signature(model.forward).parameters
     )
-    # As in sentence-transformers, what the configuration declares is a limit too, for models without a table as well.
-    limits = [position_limit(model), getattr(model.config.get_text_config(), "max_position_embeddings", None)]
-    known = [limit for limit in limits if limit is not None and limit > 0]
-    limit = longest_input(settings, transformers_tokenizer, min(known, default=None), max_length)
+    limit = longest_input(settings, transformers_tokenizer, position_limit(model), max_length)
     try:
         tokenizer = PairTokenizer(
             transformers_tokenizer.backend_tokenizer,

@@ -109,7 +109,7 @@ class Decoder:
     def _smoothed(self, blocks: Sequence[Mapping[str, Tensor]]) -> list[_Block]:
         """int8 blocks. One at a time is there in float32, to see what its inputs are like."""
         made: list[_Block] = []
-        ids, texts = random_texts(len(self._words), self._words.device)
+        ids, texts = random_texts(self._words)
         product: Product | None = None
         state = embedding(ids, self._words).float()
         with torch.no_grad(), one_thread():

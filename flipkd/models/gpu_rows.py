@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flipkd.kernels.encoder_ops import Texts
-from flipkd.kernels.pool_project import TORCH_DTYPES, pool_project
+from flipkd.kernels.pool_project import MAX_DIM, MAX_WIDTH, TORCH_DTYPES, pool_project
 from flipkd.models.backbone import Backbone
 from flipkd.models.decoder import Decoder
 from flipkd.models.folder import ModelFolder
@@ -43,7 +43,8 @@ def load_row_model(folder: ModelFolder, backbone: Backbone, model: Model, device
     projection = load_projection(folder, device)
     modes = folder.pooling_modes
     skips = bool(folder.prompt) and not folder.pools_prompt
-    if not isinstance(decoder, Decoder) or projection is None or len(modes) != 1 or modes[0] not in _POOLINGS or skips:
+    is_plain = len(modes) == 1 and modes[0] in _POOLINGS and not skips
+    if not isinstance(decoder, Decoder) or projection is None or not is_plain or not _fits(projection):
         return lambda ids, texts, dtype: finished_rows(model(ids, texts), dtype)
     norm, pooling = decoder.last_norm, _POOLINGS[modes[0]]
 
@@ -60,6 +61,11 @@ def load_row_model(folder: ModelFolder, backbone: Backbone, model: Model, device
         return _marked(made.rows, made.finite)
 
     return rows
+
+
+def _fits(projection: Tensor) -> bool:
+    dim, width = projection.shape
+    return dim <= MAX_DIM and width <= MAX_WIDTH
 
 
 def finished_rows(vectors: Tensor, dtype: str) -> Tensor:

@@ -10,7 +10,15 @@ from flipkd.kernels.encoder_ops import Operand, Product
 from flipkd.kernels.packed_linear import multiply_bf16, multiply_int8, pack_bf16, pack_int8, packs
 
 # cuBLAS refuses to multiply 16 rows or fewer in int8; MKL sums fewer than 16 rows in another order.
-_LEAST_ROWS = {("cuda", torch.int8): 32, ("cpu", torch.float32): 16}
+EXACT_ROWS = 16
+_LEAST_ROWS = {("cuda", torch.int8): 32, ("cpu", torch.float32): EXACT_ROWS}
+
+
+def linear_of_rows(values: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b in which a row does not depend on how many stand beside it: [T, inputs] to [T, outputs]."""
+    least = _LEAST_ROWS.get((values.device.type, values.dtype), 0)
+    rows = len(values)
+    return linear(values if rows >= least else pad(values, (0, 0, 0, least - rows)), weight, bias)[:rows]
 
 
 class Linear:
@@ -53,9 +61,8 @@ class Linear:
             return Product(multiply_int8(values, self._weight, self._scale), operand.row_scale, None, self._bias)
         if self._packed:
             return Product(multiply_bf16(values, self._weight, self._bias))
-        least = _LEAST_ROWS.get((values.device.type, self.dtype), 0)
-        if rows < least:
-            values = pad(values, (0, 0, 0, least - rows))
         if self.dtype is torch.int8:
-            return Product(torch._int_mm(values, self._weight)[:rows], operand.row_scale, self._scale, self._bias)
-        return Product(linear(values, self._weight, self._bias)[:rows])
+            least = _LEAST_ROWS.get((values.device.type, self.dtype), 0)
+            padded = values if rows >= least else pad(values, (0, 0, 0, least - rows))
+            return Product(torch._int_mm(padded, self._weight)[:rows], operand.row_scale, self._scale, self._bias)
+        return Product(linear_of_rows(values, self._weight, self._bias))

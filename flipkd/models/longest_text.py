@@ -11,13 +11,12 @@ from flipkd.models.settings import read_json
 _WITH_A_TABLE = ("bert", "camembert", "distilbert", "electra", "mpnet", "roberta", "xlm-roberta")
 
 
-def check_max_length(transformer_path: Path, wanted: int | None, *, is_cross_encoder: bool = False) -> None:
+def check_max_length(transformer_path: Path, wanted: int | None) -> None:
     """Refuses a ``--max-length`` that loading the model would refuse, long before it is loaded.
 
     Args:
         transformer_path: folder of the transformer.
         wanted: tokens, special tokens included; None for what the folder says.
-        is_cross_encoder: whether what the configuration declares is a limit whatever the model's family.
 
     Raises:
         ConfigError: it is more than the model has positions.
@@ -26,6 +25,6 @@ def check_max_length(transformer_path: Path, wanted: int | None, *, is_cross_enc
         return
     config = read_json(transformer_path / "config.json")
     positions = config.get("max_position_embeddings")
-    is_limit = is_cross_encoder or config.get("model_type") in _WITH_A_TABLE
+    is_limit = config.get("model_type") in _WITH_A_TABLE
     if is_limit and isinstance(positions, int) and 0 < positions < wanted:
         raise ConfigError(f"--max-length {wanted} is more than the {positions} positions of this model")

@@ -15,6 +15,7 @@ from flipkd.errors import ModelError
 from flipkd.kernels.encoder_ops import Texts
 from flipkd.kernels.packed_attention import runs
 from flipkd.models.folder import ModelFolder
+from flipkd.models.linear import linear_of_rows
 from flipkd.models.settings import DenseSettings, NormalizeSettings
 
 Head = Callable[[Tensor], Tensor]
@@ -150,10 +151,10 @@ def _load_dense(settings: DenseSettings, device: torch.device) -> Head:
     activation: nn.Module = getattr(nn, settings.activation)()
 
     def dense(vectors: Tensor) -> Tensor:
-        output: Tensor = activation(nn.functional.linear(vectors, weights["linear.weight"], weights.get("linear.bias")))
+        output: Tensor = activation(linear_of_rows(vectors, weights["linear.weight"], weights.get("linear.bias")))
         if settings.use_residual:
             output = output + (
-                nn.functional.linear(vectors, weights["residual.weight"]) if projects_residual else vectors
+                linear_of_rows(vectors, weights["residual.weight"], None) if projects_residual else vectors
             )
         return output
 

@@ -42,11 +42,17 @@ class Watched(Linear):
         return super().__call__(operand)
 
 
-def random_texts(vocabulary: int, device: torch.device) -> tuple[Tensor, Texts]:
-    """Token ids that show which channels are large: the same ones in every call."""
+def random_texts(words: Tensor) -> tuple[Tensor, Texts]:
+    """Token ids that show which channels are large: the same ones in every call.
+
+    Args:
+        words: [vocabulary, width], the embeddings. Those that are not finite are passed over: a token that stands in no
+            text may have one.
+    """
+    finite = words.isfinite().all(dim=1).nonzero()[:, 0]
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocabulary, (_TEXTS * _TOKENS,), generator=generator)
-    return ids.to(device), Texts(np.full(_TEXTS, _TOKENS, np.int64), device)
+    places = torch.randint(max(len(finite), 1), (_TEXTS * _TOKENS,), generator=generator)
+    return finite[places.to(words.device)], Texts(np.full(_TEXTS, _TOKENS, np.int64), words.device)
 
 
 def smooth_block(

@@ -7,6 +7,7 @@ from typing import Any
 
 from flipkd.errors import ConfigError, ModelError
 from flipkd.models.folder import ModelFolder, TransformerFolder
+from flipkd.models.settings import read_json
 from flipkd.models.tokens import PROBES, Frame, TextTokenizer
 
 
@@ -47,6 +48,8 @@ def longest_input(
 ) -> int | None:
     """The effective maximum length: what was asked for, else what the folder says, at most what the model can take.
 
+    Where the folder names none, it is what the model's configuration declares, as in sentence-transformers.
+
     Raises:
         ConfigError: what was asked for is more than the model can take.
     """
@@ -57,7 +60,9 @@ def longest_input(
     limit = settings.max_length
     if limit is None and settings.truncates:
         # transformers writes a huge number where a tokenizer has no limit.
-        limit = tokenizer.model_max_length if tokenizer.model_max_length < 1e9 else None
+        declared = read_json(settings.transformer_path / "config.json").get("max_position_embeddings")
+        known = [number for number in (tokenizer.model_max_length, declared) if isinstance(number, int)]
+        limit = min((number for number in known if 0 < number < 1e9), default=None)
     if position_limit is not None:
         limit = min(limit or position_limit, position_limit)
     return limit

@@ -156,8 +156,8 @@ def read_table(location: Location, shards: Sequence[Shard], columns: Sequence[st
         raise InputError(f"the files of {location.uri} have columns of one name and types that do not fit") from error
 
 
-def read_weights(table: pa.Table, column: str, source: str) -> Floats:
-    """[N] weights from a column.
+def read_weights(table: pa.Table, column: str, source: str, rows: npt.NDArray[np.int64] | None = None) -> Floats:
+    """[N] weights from a column; ``rows`` are the numbers of the table's rows in the source, where they differ.
 
     Raises:
         ConfigError: it holds no numbers.
@@ -169,9 +169,8 @@ def read_weights(table: pa.Table, column: str, source: str) -> Floats:
     values = np.asarray(table.column(column).cast(pa.float64(), safe=False).fill_null(np.nan))
     bad = ~(np.isfinite(values) & (values >= 0))
     if bad.any():
-        raise InputError(
-            f"{source}: weight column {column!r} is null, negative or not finite in row {int(np.argmax(bad))}; mend it"
-        )
+        row = int(np.argmax(bad)) if rows is None else int(rows[np.argmax(bad)])
+        raise InputError(f"{source}: weight column {column!r} is null, negative or not finite in row {row}; mend it")
     return values
 
 

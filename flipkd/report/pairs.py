@@ -163,7 +163,8 @@ def from_label_column(
         found = np.flatnonzero(labelled)
         weight = np.ones(len(label))
         if weight_column is not None:
-            weight[found] = read_weights(take_rows(batch.table, pa.array(found)), weight_column, scores.uri)
+            rows_found = batch.first_row + found
+            weight[found] = read_weights(take_rows(batch.table, found), weight_column, scores.uri, rows_found)
         _keep(batch, found, label[found], weight[found], gathered, counts)
     return gathered.pairs(), rows, counts
 

@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 STORE_FILE = HEADER_FILE
 PARTS = f"{WORK_FOLDER}/parts"
+# Part of an encoder's fingerprint: to be changed where an encoder comes to give other vectors of the same text, for
+# caches, stores and calibrations must not mix them.
+_ARITHMETIC = {"float32": "float32", "bf16": "bf16", "int8": "int8, smoothed"}
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,8 @@ def encoder_fingerprint(options: EncoderOptions) -> str:
     transformer_path = read_folder(options.folder).transformer_path
     check_code(transformer_path, options.trust_remote_code)  # before any work
     check_max_length(transformer_path, options.max_length)
-    return fingerprint({"folder": folder_fingerprint(options.folder, options.max_length), "dtype": options.dtype})
+    folder = folder_fingerprint(options.folder, options.max_length)
+    return fingerprint({"folder": folder, "dtype": _ARITHMETIC[options.dtype]})
 
 
 def plan_encode(config: EncodeConfig, is_right: bool = False) -> EncodePlan:

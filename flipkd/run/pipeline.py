@@ -73,14 +73,17 @@ def score(config: ScoreConfig) -> dict[str, Any]:
 
 
 def _stages_of_finished(planned: ScorePlan, done: Mapping[str, UnitReport]) -> dict[str, Any] | None:
-    """What the stages of a run were where every output is there; None where they have to run."""
+    """What the stages of a run were where every output is there; None where they have to run.
+
+    They have to where records could not be read: perhaps they can be now.
+    """
     job = planned.job
     if len(done) < len(job.plan.units):
         return None
     told = stages_told(job.output, job.fingerprint)
     if told is None and not (done and planned.encodes):
         return {}
-    return told
+    return None if told is None or _unread_records(told) else told
 
 
 def stages_told(output: Location, run_fingerprint: str) -> dict[str, Any] | None:

@@ -103,7 +103,7 @@ def _teacher(config: TeachConfig, kind: str, label_column: str | None) -> Teache
         raise ConfigError("--encoder-dtype int8 is for bi-encoders; a cross-encoder takes float32 or bf16")
     folder = read_cross_encoder(options.folder)
     check_code(folder.transformer_path, options.trust_remote_code)
-    check_max_length(folder.transformer_path, options.max_length, is_cross_encoder=True)
+    check_max_length(folder.transformer_path, options.max_length)
     own = fingerprint({"folder": folder.fingerprint(options.max_length), "dtype": options.dtype})
     return TeacherFacts(folder.scale, folder.activation, own, kind, columns, label_column)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import uuid
@@ -56,6 +57,8 @@ def write_segment(
     try:
         with os.fdopen(os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), "r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
+            if not os.fstat(file.fileno()).st_nlink:  # a cleaner was here before the lock
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(hidden))
             os.posix_fallocate(file.fileno(), 0, size_bytes)  # a full disk is an error here, not a SIGBUS later
             file.write(header + header_seal(header))
             file.flush()

@@ -250,3 +250,32 @@ def test_composed_and_decomposed_forms_differ_unless_normalised(
     first, second, third = encoder.encode([composed, decomposed, unicodedata.normalize("NFC", decomposed)])
     np.testing.assert_array_equal(first, third)
     assert np.abs(first - second).max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["llama", "roberta"])
+def test_a_vector_is_the_same_bits_alone_and_among_others(
+    make_folder: MakeFolder, small_vocabulary: Tokenizer, kind: str
+) -> None:
+    """In float32, a Dense step and transformers' own blocks included: MKL sums few rows in another order."""
+    steps = [Dense(32, 24, bias=False, activation_function=nn.Identity()), Normalize()]
+    encoder = load_encoder(make_folder(kind, wrapped(small_vocabulary, pad_token="<pad>"), "mean", steps))
+    texts = [*TEXTS, *(f"fever of unknown origin {number}" for number in range(40))]
+    together = encoder.encode_texts(texts).vectors
+    for size in (1, 3):
+        parts = [encoder.encode_texts(texts[at : at + size]).vectors for at in range(0, len(texts), size)]
+        assert np.array_equal(np.concatenate(parts), together)
+
+
+@pytest.mark.parametrize("named", [None, 40])
+def test_a_folder_without_a_maximum_takes_that_of_the_model(
+    make_folder: MakeFolder, small_vocabulary: Tokenizer, named: int | None
+) -> None:
+    """Llama has no table of positions, and sentence-transformers cuts its texts at max_position_embeddings."""
+    tokenizer = wrapped(small_vocabulary, pad_token="<pad>", model_max_length=int(1e30))
+    folder = make_folder("llama", tokenizer, "mean")
+    settings = folder / "sentence_bert_config.json"
+    kept = {key: value for key, value in json.loads(settings.read_text()).items() if key != "max_seq_length"}
+    settings.write_text(json.dumps({**kept, **({} if named is None else {"max_seq_length": named})}))
+    encoder = assert_equals_peer(folder)
+    assert encoder.max_length == (named or 128)
+    assert encoder.encode_texts(TEXTS).truncated[-1]

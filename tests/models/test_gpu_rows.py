@@ -113,3 +113,13 @@ def test_finished_rows_are_quantised_ones_and_say_what_is_not_finite(dtype: Vect
         dequantise(VectorRows(rows[good], dtype)), wanted, atol=2 / 127 if dtype == "int8" else 2**-8
     )
     assert not rows[3].any()
+
+
+def test_rows_that_the_kernel_cannot_hold_are_made_step_by_step(
+    make_folder: MakeFolder, small_vocabulary: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = [Dense(32, 1100, bias=False, activation_function=nn.Identity()), Normalize()]
+    folder = make_folder("llama", wrapped(small_vocabulary, pad_token="<pad>"), "mean", steps)
+    monkeypatch.setattr("flipkd.models.gpu_rows.pool_project", None)
+    found = fused(folder).encode_rows(TEXTS, "float32").rows.values
+    np.testing.assert_allclose(found, load_encoder(folder).encode_rows(TEXTS, "float32").rows.values, atol=1e-5)

@@ -97,6 +97,18 @@ def test_weights_do_not_hang_on_the_number_of_threads(uneven: Path, ids: Tensor)
     assert torch.equal(*found)
 
 
+def test_an_embedding_of_a_token_in_no_text_may_be_anything(uneven: Path, ids: Tensor) -> None:
+    exact = run(uneven, torch.int8, ids)
+    file = uneven / "model.safetensors"
+    tensors = load_file(file)
+    unused = next(number for number in range(600) if number not in ids.tolist())
+    tensors["embed_tokens.weight"][unused] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    found = run(uneven, torch.int8, ids)
+    assert torch.isfinite(found).all()
+    assert cosine_similarity(exact, found).mean() > 0.99
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     shape=st.sampled_from([(4, 4), (4, 2), (6, 1)]),

@@ -116,6 +116,17 @@ def test_weights_of_a_column(make_scores: MakeScores, tmp_path: Path) -> None:
     assert weighted["metrics"]["best_f1"]["value"] == pytest.approx(first["metrics"]["best_f1"]["value"])
 
 
+def test_a_bad_weight_is_named_by_its_row_among_all_scores(make_scores: MakeScores, tmp_path: Path) -> None:
+    table = score_table(rows=20)
+    label = pa.array([None] * 10 + table.column("label").to_pylist()[10:], pa.int8())
+    weight = np.ones(20)
+    weight[15] = np.nan
+    place = table.schema.get_field_index("label")
+    scores = make_scores(table.set_column(place, "label", label).append_column("w", pa.array(weight)))
+    with pytest.raises(InputError, match="not finite in row 15"):
+        evaluate(EvaluateConfig(scores=str(scores), output=str(tmp_path / "report"), weight_column="w"))
+
+
 BASE = {"left_id": [1, 2], "right_id": [10_001, 10_002], "label": [0, 1]}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from flipkd.config import EncodeConfig, EncoderOptions, RunOptions, ScoreConfig
+from flipkd.data import commit
 from flipkd.data.find import find_shards
-from flipkd.data.location import open_location
+from flipkd.data.location import Location, open_location
 from flipkd.errors import ConfigError, OutputError
 from flipkd.run.encode import encode
 from flipkd.run.pipeline import score
@@ -87,3 +89,21 @@ def test_an_upload_that_breaks_off_publishes_nothing(
             score(task)
     assert not fsspec.filesystem("memory").glob("/flipkd-bucket/out/*.parquet")
     assert score(task)["rows_out"] == 120
+
+
+def test_nothing_of_an_output_has_a_name_on_the_local_disk(
+    world: World, make_pairs: MakePairs, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A killed job left its records in the folder for temporary files."""
+    scratch, seen, upload = tmp_path / "scratch", [], commit._upload
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+
+    def look(path: str, target: Location) -> None:
+        seen.append(list(scratch.iterdir()))
+        upload(path, target)
+
+    monkeypatch.setattr(commit, "_upload", look)
+    assert score(ScoreConfig(str(make_pairs()), f"{bucket}/out", store=world.left_store))["complete"]
+    assert seen
+    assert not any(seen)

@@ -152,6 +152,43 @@ def test_pairs_are_scored_again_with_records_that_can_be_read_again(
     assert rows(tmp_path / "out", ["score", "reason"]) == rows(tmp_path / "whole", ["score", "reason"])
 
 
+@pytest.mark.parametrize("top_k", [None, 1])
+def test_a_finished_partial_job_takes_up_records_that_can_be_read_again(
+    world: World, tmp_path: Path, top_k: int | None
+) -> None:
+    for name in "ab":
+        ids, texts = [f"{name}{i}" for i in range(4)], [f"{name} word {i}" for i in range(4)]
+        write(tmp_path / "records" / f"{name}.parquet", id=ids, text=texts)
+    write(tmp_path / "pairs" / "p.parquet", left_id=["a0", "a0", "a2"], right_id=["b0", "a1", "a3"])
+    write(tmp_path / "pairs" / "q.parquet", left_id=["a0", "a3"], right_id=["a2", "a1"])
+    damage = Unreadable(tmp_path / "records" / "b.parquet", b"b word 2")
+
+    def run(output: str) -> dict[str, Any]:
+        return pipeline.score(
+            ScoreConfig(
+                str(tmp_path / "pairs"),
+                str(tmp_path / output),
+                encoder=EncoderOptions(str(world.encoder)),
+                records=str(tmp_path / "records"),
+                run=SKIP,
+                top_k=top_k,
+            )
+        )
+
+    for _ in range(2):
+        partial = run("out")
+        assert not partial["complete"]
+        assert partial["reasons"] == {"missing_record": 1}
+    assert partial["units_resumed"] == 2
+    damage.mend()
+    found, wanted = run("out"), run("whole")
+    assert found["complete"]
+    assert found["reasons"] == wanted["reasons"] == {}
+    columns = ["left_id", "right_id", "score"]
+    assert rows(tmp_path / "out", columns) == rows(tmp_path / "whole", columns)
+    assert run("out")["units_resumed"] == 2
+
+
 @pytest.fixture
 def llm(llm_dir: Path, tmp_path: Path) -> LlmOptions:
     prompt = tmp_path / "prompt.txt"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import signal
@@ -12,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -332,6 +334,23 @@ class TestProcesses:
         put(cache, range(3))
         write_slowly(cache, 7, lambda: tidy(cache) and None)
         check(cache, [*range(3), 7])
+
+    def test_a_cleaner_that_comes_before_the_lock_is_no_error(
+        self, cache: TextCache, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It took the new file for a dead writer's; the writer makes another."""
+        lock, taken = fcntl.flock, []
+
+        def late(file: Any, kind: int) -> None:
+            if not taken:
+                taken.extend(cache.folder.glob(".*.tmp"))
+                taken[0].unlink()
+            lock(file, kind)
+
+        monkeypatch.setattr("flipkd.vectors.segment_files.fcntl.flock", late)
+        put(cache, range(3))
+        assert len(taken) == 1
+        check(cache, range(3))
 
     def test_a_compaction_waits_for_nobody(self, cache: TextCache) -> None:
         for number in range(4):

@@ -21,6 +21,7 @@ from flipkd.vectors.rows import check_dtype
 
 POOLINGS = ("mean", "last")
 STATE_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_WIDTH, MAX_DIM = 16384, 1024  # of states and rows, which the registers of the Triton kernel can hold
 TORCH_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 
 

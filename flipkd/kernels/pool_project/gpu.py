@@ -27,11 +27,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flipkd.kernels.pool_project import MAX_DIM, MAX_WIDTH, TORCH_DTYPES
+
 _TILE = 4096  # numbers of token states that a program holds at a time
 _MATRIX_TILE = 4096  # numbers of A likewise, in shared memory: 16 KiB
 _DOT_ROWS = 16  # rows of the smallest tile that tl.dot takes
-MAX_WIDTH = 16384
-MAX_DIM = 1024
 _KINDS = {"float32": 0, "bf16": 1, "int8": 2}
 
 
@@ -165,8 +165,6 @@ def pool_project(
     Raises:
         ValueError: width above MAX_WIDTH or r above MAX_DIM, which the registers cannot hold.
     """
-    from flipkd.kernels.pool_project import TORCH_DTYPES
-
     width, dim = states.shape[1], projection.shape[0]
     if width > MAX_WIDTH or dim > MAX_DIM:
         raise ValueError(
