@@ -24,6 +24,8 @@ _DRAWN = {
     "cosent_infonce": "student on labels (CoSENT, InfoNCE)",
     "flip": "student, flipped",
     "flip_unlabelled": "student, flipped, with unlabelled pairs",
+    "flip_without_infonce": "student, flipped, without InfoNCE",
+    "flip_unlabelled_without_infonce": "the same, with unlabelled pairs",
 }
 
 
@@ -90,6 +92,8 @@ def draw(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
             points = sorted(
                 (line["labels"], line["f1"]) for line in lines if (line["dataset"], line["method"]) == (dataset, method)
             )
+            if len(points) < 2:
+                continue
             axes.plot([100 * share for share, _ in points], [f1 for _, f1 in points], marker="o", label=label)
         axes.set_xscale("log")
         axes.set_xticks([100 * share for share in sorted(shares[dataset])])

@@ -46,11 +46,10 @@ def pool_segments(states: Tensor, texts: Texts, mode: str, skip: int = 0) -> Ten
     """
     starts = texts.starts.long()
     first, end = starts[:-1] + skip, starts[1:]
-    if mode == "cls":
-        return states[first].float()
-    if mode == "lasttoken":
-        return states[end - 1].float()
-    values, counts = states.float(), (end - first).float()
+    is_left = (end > first)[:, None]
+    if mode in ("cls", "lasttoken"):
+        return states[first.clamp(max=len(states) - 1) if mode == "cls" else end - 1].float() * is_left
+    values, counts = states.float(), (end - first).clamp(min=1).float()
     if mode == "weightedmean":
         weights = texts.positions.float() + 1
         counts = counts * (counts + 1 + 2 * skip) / 2
@@ -66,7 +65,7 @@ def pool_segments(states: Tensor, texts: Texts, mode: str, skip: int = 0) -> Ten
     reduced = torch.segment_reduce(
         values, "max" if mode == "max" else "sum", lengths=starts.diff(), unsafe=True, initial=nothing
     )
-    return reduced if mode == "max" else reduced / counts[:, None]
+    return reduced.where(is_left, 0.0) if mode == "max" else reduced / counts[:, None]
 
 
 def _unknown(mode: str) -> ModelError:
@@ -77,15 +76,17 @@ def pool(states: Tensor, modes: tuple[str, ...], skip: int = 0) -> Tensor:
     """Pools token vectors as sentence-transformers does for unpadded texts.
 
     Args:
-        states: token vectors, [texts, tokens, width], any floating dtype, at least one token.
+        states: token vectors, [texts, tokens, width], any floating dtype.
         modes: pooling modes; several are concatenated in this order.
         skip: leading tokens (of a prompt) that are left out. They still count as positions in ``weightedmean``.
 
     Returns:
-        float32 [texts, width * len(modes)].
+        float32 [texts, width * len(modes)]; zero where no token is left.
     """
     states = states[:, skip:]
     length = states.shape[1]
+    if not length:
+        return states.new_zeros(len(states), states.shape[2] * len(modes), dtype=torch.float32)
     parts = []
     for mode in modes:
         if mode == "cls":

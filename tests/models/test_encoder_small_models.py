@@ -19,6 +19,7 @@ from torch import nn
 from flipkd.errors import ModelError
 from flipkd.kernels.encoder_ops import Texts
 from flipkd.models.encoder import Encoder, load_encoder
+from flipkd.models.pooling import pool_packed, pool_segments
 from flipkd.models.tokens import TextTokenizer
 
 from .conftest import MakeFolder, wrapped
@@ -169,6 +170,22 @@ def test_text_without_tokens_is_the_zero_vector(make_folder: MakeFolder, small_v
     assert encoded.tokens.tolist() == [0, 1, 0]
     assert not encoded.vectors[[0, 2]].any()
     assert np.isfinite(encoded.vectors).all()
+
+
+@pytest.mark.parametrize("mode", ["mean", "cls", "lasttoken", "max", "weightedmean", "mean_sqrt_len_tokens"])
+def test_a_text_of_which_the_prompt_leaves_nothing_is_the_zero_vector(
+    make_folder: MakeFolder, small_vocabulary: Tokenizer, mode: str
+) -> None:
+    """Where the prompt's tokens are not pooled, and the text has none, or there is no room for any."""
+    tokenizer = wrapped(small_vocabulary, pad_token="<pad>")
+    folder = make_folder("llama", tokenizer, mode, prompts={"q": "fever of unknown origin "}, default_prompt_name="q")
+    pooling = folder / "1_Pooling" / "config.json"
+    pooling.write_text(json.dumps({**json.loads(pooling.read_text()), "include_prompt": False}))
+    vectors = load_encoder(folder).encode_texts(["", "cholera", ""]).vectors
+    assert not vectors[[0, 2]].any()
+    np.testing.assert_allclose(np.linalg.norm(vectors[1]), 1.0, atol=1e-5)
+    states, texts = torch.randn(9, 4), Texts(np.array([2, 5, 2]), torch.device("cpu"))
+    np.testing.assert_allclose(pool_segments(states, texts, mode, 2), pool_packed(states, texts, (mode,), 2), atol=1e-6)
 
 
 def test_vectors_are_unit_length_unless_asked_otherwise(make_folder: MakeFolder, small_vocabulary: Tokenizer) -> None:
