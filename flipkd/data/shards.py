@@ -87,13 +87,6 @@ class ShardReader:
         return rows
 
     @property
-    def key_values(self) -> dict[str, str]:
-        """Key-value pairs of the footer, but for Arrow's own schema."""
-        found = self._file.metadata.metadata or {}
-        with self._naming():
-            return {key.decode(): value.decode() for key, value in found.items() if key != b"ARROW:schema"}
-
-    @property
     def metadata(self) -> dict[str, str]:
         """Key-value pairs of the footer."""
         found = self._file.metadata.metadata or {}

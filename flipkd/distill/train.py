@@ -92,7 +92,7 @@ def output_path(config: TrainConfig) -> str:
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """The rate of step ``step`` (from 0): a linear rise, then a cosine down to 0 at the last step."""
+    """The rate of step ``step`` (from 0): a linear rise, then a cosine that reaches 0 one step too late."""
     warmup = round(config.warmup_fraction * config.steps)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup

@@ -46,7 +46,6 @@ class ScorePlan:
     Args:
         config: what was asked for.
         encodes: stores to build first, left then right, from record tables; empty otherwise.
-        stores: folders of the left and right stores; the second is None when one store serves both sides.
         task: what a worker scores with.
         job: the score job over the pairs.
         schemas: of the files of pairs, by name.

@@ -25,7 +25,8 @@ class VectorRows:
     """[N, d] vectors in one of the storage types.
 
     Args:
-        values: [N, d], C-contiguous: float32, uint16 (bf16 bit patterns) or int8. May be a read-only memory map.
+        values: [N, d], C-contiguous: float32, uint16 (bf16 bit patterns) or int8 (from -127 to 127: the kernels
+            do not agree on -128). May be a read-only memory map.
         dtype: "float32", "bf16" or "int8".
 
     Raises:

@@ -34,7 +34,6 @@ from flipkd.vectors.mapped import map_file
 
 Words = NDArray[np.uint64]
 
-SUFFIX = ".segment"
 MAGIC = b"flipkdT1"
 HEADER = struct.Struct("<8s 8s Q I I 16s")  # magic, id of the key file, rows, row bytes, seconds since 1970, namespace
 HEADER_BYTES = 64
