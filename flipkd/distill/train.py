@@ -37,7 +37,7 @@ from flipkd.models.adapter import new_student
 from flipkd.models.llm_prompt import TRAINED_PROMPTS, pair_prompt
 from flipkd.models.student import Student
 from flipkd.run.job import available_cores
-from flipkd.run.output import locked
+from flipkd.run.lock import locked
 from flipkd.run.overlap import refuse_other_kind, refuse_overlap
 from flipkd.run.progress import progress_bar
 

@@ -20,8 +20,8 @@ from flipkd.nightly.measure import column_facts, count_records, count_scores
 from flipkd.nightly.report import write_report
 from flipkd.nightly.stages import Journal, run_stages, store_stages
 from flipkd.run.job import available_cores
+from flipkd.run.lock import locked
 from flipkd.run.manifest import versions
-from flipkd.run.output import locked
 from flipkd.run.overlap import refuse_overlap
 
 logger = logging.getLogger(__name__)

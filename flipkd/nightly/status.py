@@ -10,7 +10,7 @@ from flipkd.data.commit import read_json
 from flipkd.data.location import open_location
 from flipkd.nightly.folders import CURRENT_FILE, KIND, NIGHT_PAGE, REPORT, Nights, is_night, night_facts
 from flipkd.nightly.stages import JOURNAL
-from flipkd.run.output import is_locked
+from flipkd.run.lock import is_locked
 
 
 def night_status(folder: str) -> dict[str, Any] | None:

@@ -24,9 +24,10 @@ from flipkd.data.pairs import PairRows
 from flipkd.errors import FlipkdError
 from flipkd.kernels.pair_score import PairScores
 from flipkd.run import pipeline
+from flipkd.run.lock import locked
 from flipkd.run.manifest import MANIFEST, WORK_FOLDER, read_whole_reports
 from flipkd.run.observe import observed
-from flipkd.run.output import list_outputs, locked, own_outputs, remove_folder
+from flipkd.run.output import list_outputs, own_outputs, remove_folder
 from flipkd.run.overlap import refuse_other_kind, refuse_overlap
 from flipkd.run.plan_rescore import check_scores, plan_rescore
 from flipkd.run.plan_score import ScorePlan, plan_score, score_inputs

@@ -17,9 +17,10 @@ from flipkd.errors import ConfigError, OutputError
 from flipkd.run.cached_encoder import cache_root, text_cache_of
 from flipkd.run.encode_unit import EncodeWorker
 from flipkd.run.job import Job, check_device, run_job
+from flipkd.run.lock import locked
 from flipkd.run.manifest import MANIFEST, WORK_FOLDER
 from flipkd.run.observe import observed
-from flipkd.run.output import locked, remove_folder
+from flipkd.run.output import remove_folder
 from flipkd.run.overlap import refuse_other_kind, refuse_overlap
 from flipkd.run.record_schema import RecordSchema
 from flipkd.run.record_template import with_recorded_template

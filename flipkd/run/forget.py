@@ -27,8 +27,9 @@ from flipkd.data.template import template_fields
 from flipkd.errors import InputError
 from flipkd.run.cached_encoder import cache_root
 from flipkd.run.encode import PARTS
+from flipkd.run.lock import locked
 from flipkd.run.manifest import MANIFEST
-from flipkd.run.output import STORE_NAME, WORK_NAME, locked, remove_folder
+from flipkd.run.output import STORE_NAME, WORK_NAME, remove_folder
 from flipkd.run.record_schema import RecordSchema
 from flipkd.run.record_template import with_recorded_template
 from flipkd.run.store_folder import has_rest

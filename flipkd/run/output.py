@@ -1,28 +1,22 @@
-"""The output folder of a job: whose it is, who works on it, what is done, and what a killed run left behind."""
+"""The output folder of a job: whose it is, what is done, and what a killed run left behind."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import json
 import logging
 import os
 import posixpath
 import re
 import shutil
-import socket
-import threading
-import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import pyarrow as pa
 import pyarrow.fs as pafs
-from filelock import FileLock, Timeout
 
-from flipkd.data.commit import TEMPORARY_NAME, make_private_folder, writing
+from flipkd.data.commit import TEMPORARY_NAME, writing
 from flipkd.data.find import PARQUET_SUFFIXES, is_hidden
 from flipkd.data.location import Location
-from flipkd.errors import OutputError, OutputInUseError
+from flipkd.errors import OutputError
 from flipkd.run.manifest import MANIFEST, WORK_FOLDER, UnitReport, read_whole_reports
 from flipkd.run.units import FINGERPRINT_CHARACTERS, WorkUnit
 
@@ -33,103 +27,6 @@ _OUTPUT_NAME = re.compile(rf"\.rows\d{{12,}}-\d{{12,}}\.[0-9a-f]{{{FINGERPRINT_C
 # Folders in which ``score`` and ``teach`` work; below a --cache those of other names are somebody else's.
 STORE_NAME = re.compile(r"store-[0-9a-f]{16}")
 WORK_NAME = re.compile(r"work-[0-9a-f]{16}(-[0-9a-f]{8})?")
-_LOCK = "lock"
-_GLANCE_S = 0.5  # longer than ``is_locked`` holds a lock
-_HEARTBEAT_S = 20.0
-_HEARTBEAT_STALE_S = 120.0
-
-
-@contextlib.contextmanager
-def locked(output: Location, waits: bool = False) -> Iterator[None]:
-    """Holds the folder's lock; where another live job holds it, waits for that job to end, or refuses.
-
-    On a local or shared disk it is an operating system lock, which ends with the process, however that ends. On an
-    object store it is an object that the holder renews; one that was not renewed for two minutes is taken over.
-
-    Raises:
-        OutputInUseError: another live job holds it.
-        OutputError: the folder cannot be written.
-    """
-    refusal = OutputInUseError(f"another job is working on {output.uri}; wait for it, or choose another --output")
-    if output.is_local:
-        folder = os.path.join(output.path, WORK_FOLDER)
-        if os.path.islink(folder):
-            raise OutputError(f"{folder} is a symbolic link; remove it")
-        with writing(output.uri):
-            make_private_folder(folder)
-            lock = FileLock(os.path.join(folder, _LOCK), timeout=_GLANCE_S, mode=0o600)
-            try:
-                lock.acquire()
-            except Timeout:
-                if not waits:
-                    raise refusal from None
-                logger.warning("waiting for another job that works on %s", output.uri)
-                lock.acquire(timeout=-1)
-        try:
-            yield
-        finally:
-            lock.release()
-        return
-    with _heartbeat(output.child(f"{WORK_FOLDER}/{_LOCK}"), refusal):
-        yield
-
-
-def is_locked(output: Location) -> bool:
-    """Whether a job is alive that works on the folder. Nothing is written."""
-    lock = output.child(f"{WORK_FOLDER}/{_LOCK}")
-    if not output.is_local:
-        return _beats(lock)
-    try:
-        descriptor = os.open(lock.path, os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
-
-
-def _beats(lock: Location) -> bool:
-    try:
-        with lock.filesystem.open_input_stream(lock.path) as source:
-            found = json.loads(source.read())
-        return time.time() - float(found["time"]) < _HEARTBEAT_STALE_S
-    except (FileNotFoundError, ValueError, KeyError):
-        return False
-
-
-@contextlib.contextmanager
-def _heartbeat(target: Location, refusal: OutputInUseError) -> Iterator[None]:
-    holder = f"{socket.gethostname()}:{os.getpid()}:{time.time_ns()}"
-
-    def beat() -> None:
-        with writing(target.uri), target.filesystem.open_output_stream(target.path) as sink:
-            sink.write(json.dumps({"holder": holder, "time": time.time()}).encode())
-
-    if _beats(target):
-        raise refusal
-    beat()
-    ended = threading.Event()
-
-    def keep_beating() -> None:
-        while not ended.wait(_HEARTBEAT_S):
-            try:
-                beat()
-            except OutputError:
-                logger.warning("could not renew the lock of %s", target.uri)
-
-    thread = threading.Thread(target=keep_beating, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-        with contextlib.suppress(OSError):
-            target.filesystem.delete_file(target.path)
 
 
 def list_outputs(output: Location) -> tuple[set[str], list[str]]:

@@ -21,9 +21,10 @@ from flipkd.run.encode import (
     plan_encode,
 )
 from flipkd.run.job import Job, plan_facts, run_job
+from flipkd.run.lock import locked
 from flipkd.run.manifest import MANIFEST, UnitReport, glance
 from flipkd.run.observe import observed
-from flipkd.run.output import locked, prepare, remove_folder, remove_otherwise_made
+from flipkd.run.output import prepare, remove_folder, remove_otherwise_made
 from flipkd.run.overlap import refuse_other_kind
 from flipkd.run.plan_score import ScorePlan, plan_score, remove_stale
 from flipkd.run.score import ScoreTask, ScoreWorker

@@ -28,9 +28,10 @@ from flipkd.models.llm_options import LlmOptions
 from flipkd.run.combination import Combination, fit_from_output, write_combination
 from flipkd.run.job import Job, available_cores, run_job
 from flipkd.run.join import RecordTable, texts_of_ids
+from flipkd.run.lock import locked
 from flipkd.run.manifest import UnitReport
 from flipkd.run.observe import observed
-from flipkd.run.output import locked, prepare, remove_otherwise_made
+from flipkd.run.output import prepare, remove_otherwise_made
 from flipkd.run.overlap import refuse_other_kind
 from flipkd.run.plan_rescore import LLM_PROBABILITY, RESCORE_REASON, RescorePlan, plan_rescore
 from flipkd.run.rescore_config import RescoreConfig, budget_rows

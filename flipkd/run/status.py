@@ -12,8 +12,9 @@ from flipkd.data.location import Location, open_location
 from flipkd.distill.run_folder import RUN_FILE, run_status
 from flipkd.errors import InputError
 from flipkd.run.encode import PARTS, STORE_FILE
+from flipkd.run.lock import is_locked
 from flipkd.run.manifest import MANIFEST, PLAN, WORK_FOLDER, Totals, read_reports
-from flipkd.run.output import is_locked, list_outputs
+from flipkd.run.output import list_outputs
 from flipkd.run.publishers import PROGRESS_FILE
 
 _REPORT = ("metrics.json", "report.html")

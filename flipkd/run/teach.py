@@ -21,9 +21,10 @@ from flipkd.errors import OutputError
 from flipkd.run.job import Job, run_job
 from flipkd.run.join import JoinTask, JoinWorker, joined_plan
 from flipkd.run.local import UnitFunction
+from flipkd.run.lock import locked
 from flipkd.run.manifest import WORK_FOLDER
 from flipkd.run.observe import observed
-from flipkd.run.output import locked, prepare, remove_folder, remove_stale_work
+from flipkd.run.output import prepare, remove_folder, remove_stale_work
 from flipkd.run.overlap import refuse_other_kind
 from flipkd.run.pipeline import encode_inline, skipped_before, stages_told, summary
 from flipkd.run.plan_teach import TeachPlan, plan_teach

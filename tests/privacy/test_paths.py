@@ -34,8 +34,9 @@ from flipkd.report.config import EvaluateConfig
 from flipkd.report.evaluate import evaluate
 from flipkd.run.combination import read_combination
 from flipkd.run.encode import encode
+from flipkd.run.lock import locked
 from flipkd.run.manifest import MANIFEST, PLAN
-from flipkd.run.output import list_outputs, locked
+from flipkd.run.output import list_outputs
 from flipkd.run.pipeline import score
 from flipkd.run.status import status
 from flipkd.vectors.layout import HEADER_FILE

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from flipkd.config import ScoreConfig
-from flipkd.data.location import open_location
+from flipkd.data.location import Location, open_location
 from flipkd.errors import OutputError, OutputInUseError
-from flipkd.run import local
+from flipkd.run import local, lock
+from flipkd.run.lock import is_locked, locked
 from flipkd.run.manifest import UnitReport
-from flipkd.run.output import locked
 from flipkd.run.pipeline import score
 from tests.run.conftest import World
 
@@ -104,6 +108,47 @@ def test_the_lock_of_an_object_store_is_refused_while_it_beats() -> None:
         pass
     with locked(folder):  # and free again
         pass
+
+
+def test_of_two_jobs_that_start_together_on_an_object_store_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, both = open_location("memory://flipkd-lock/together"), threading.Barrier(2)
+    looked, held = lock._holder, []
+
+    def look(target: Location) -> str | None:
+        found = looked(target)
+        if not held and both.n_waiting < 2 and not both.broken:
+            with contextlib.suppress(threading.BrokenBarrierError):
+                both.wait(0.2)
+        return found
+
+    def work() -> None:
+        with contextlib.suppress(OutputInUseError), locked(folder):
+            held.append(threading.get_ident())
+            time.sleep(1.5)
+
+    monkeypatch.setattr(lock, "_holder", look)
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(held) == 1
+
+
+def test_a_job_whose_lock_was_taken_over_leaves_it() -> None:
+    """It stood still for longer than two minutes; its end must not let a third one in."""
+    folder = open_location("memory://flipkd-lock/taken")
+    with contextlib.ExitStack() as second:
+        with locked(folder):
+            (path,) = fsspec.filesystem("memory").find("/flipkd-lock/taken")
+            found = json.loads(fsspec.filesystem("memory").cat(path))
+            fsspec.filesystem("memory").pipe(path, json.dumps({**found, "time": found["time"] - 1_000}).encode())
+            assert not is_locked(folder)
+            second.enter_context(locked(folder))
+        assert is_locked(folder)
+        with pytest.raises(OutputInUseError), locked(folder):
+            pass
+    assert not is_locked(folder)
 
 
 @pytest.fixture

@@ -38,8 +38,8 @@ from flipkd.run import job as job_module
 from flipkd.run import observe, unit_notes, watch
 from flipkd.run.encode import encode
 from flipkd.run.job import Job
+from flipkd.run.lock import is_locked, locked
 from flipkd.run.manifest import UnitReport
-from flipkd.run.output import is_locked, locked
 from flipkd.run.publishers import ProgressFile
 from flipkd.run.status import status
 from flipkd.run.units import Plan, WorkUnit
