@@ -64,9 +64,12 @@ def run_night(config: NightConfig, *, overwrite: bool = False) -> Night:
     """
     nights = Nights(config.output)
     output = open_location(config.output)
-    inputs = [("score: pairs", config.score.pairs), ("score: records", config.score.records)]
-    inputs += [("score: right_records", config.score.right_records), ("score: store", config.score.store)]
-    inputs += [("evaluate: labels", None if config.evaluate is None else config.evaluate.labels)]
+    sections = {"score": config.score, "rescore": config.rescore, "evaluate": config.evaluate}
+    inputs = [
+        (f"{section}: {name}", getattr(options, name, None))
+        for section, options in sections.items()
+        for name in ("pairs", "records", "right_records", "store", "right_store", "labels")
+    ]
     refuse_overlap(output, [(option, open_location(uri)) for option, uri in inputs if uri is not None])
     with locked(output):
         if overwrite:

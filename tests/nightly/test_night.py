@@ -394,6 +394,11 @@ def test_mistakes_are_found_before_the_work_and_named_as_keys(bank: Bank) -> Non
     told = bank.run(SECOND, code=2, score={"id_column": "number"}).stderr
     assert "has no column 'number'" in told
     assert "--id-column is id_column of score or rescore" in told
+    llm = {"folder": "llm", "labels": [" yes", " no"], "prompt_file": "prompt.txt"}
+    rescore = {"llm": llm, "band": [0, 1], "records": f"{bank.nights.name}/records"}
+    told = bank.run(SECOND, code=2, rescore=rescore).stderr
+    assert "rescore: records" in told
+    assert "lie in one another" in told
 
 
 def test_status_of_nights_and_of_one(bank: Bank) -> None:
