@@ -422,3 +422,7 @@ def test_status_of_nights_and_of_one(bank: Bank) -> None:
     assert said(bank.nights / "_held" / SECOND)["report"].endswith(f"_held/{SECOND}/report/night.html")
     assert said(bank.nights / "_unfinished" / THIRD)["stages"] == []
     assert said(bank.nights / FIRST / "scores")["kind"] == "score"
+    for folder in (bank.nights, bank.nights / FIRST):
+        watched = CliRunner().invoke(main, ["status", "--watch", str(folder)])
+        assert watched.exit_code == 2
+        assert "--watch follows one job, not nights" in watched.stderr
