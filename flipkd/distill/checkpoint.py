@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -63,15 +62,6 @@ def save_checkpoint(
     publish_folder(folder / f"step-{progress.step:08d}", write)
     for old in _checkpoints(folder)[keep:]:
         remove_published(old)
-
-
-def best_steps(folder: Path) -> set[int]:
-    """Steps of the best students that the checkpoints know of; a run may go back to any of them."""
-    found = set()
-    for path in _checkpoints(folder):
-        with suppress(OSError, ValueError, LookupError, TypeError):  # it is damaged, so nobody goes back to it
-            found.add(json.loads((path / "progress.json").read_text())["best_step"])
-    return found - {None}
 
 
 def load_checkpoint(folder: Path, student: Student, optimizer: torch.optim.Optimizer) -> Progress:

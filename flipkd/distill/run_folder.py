@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,6 @@ from flipkd.data.folders import (
     remove_unpublished,
 )
 from flipkd.data.location import open_location
-from flipkd.distill.checkpoint import best_steps
 from flipkd.errors import InputError, OutputError
 
 if TYPE_CHECKING:
@@ -111,8 +111,11 @@ class RunFolder:
         publish_folder(target, lambda folder: save_student(student, folder))
 
     def forget_older_bests(self) -> None:
-        """Deletes best students that no checkpoint names any more."""
-        kept = {f"step-{step:08d}" for step in best_steps(self.checkpoints)}
+        """Deletes best students that no checkpoint names any more: a run may go back to any checkpoint."""
+        kept: set[str] = set()
+        for path in self.checkpoints.glob("step-*/progress.json"):
+            with suppress(OSError, ValueError, LookupError, TypeError):  # it is damaged, so nobody goes back to it
+                kept.add(f"step-{json.loads(path.read_text())['best_step']:08d}")
         for old in self._best.glob("step-*"):
             if old.name not in kept:
                 remove_published(old)

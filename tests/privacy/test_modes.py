@@ -117,7 +117,7 @@ def test_no_moment_in_which_others_can_read(
     assert open_to_others(watched, parents_count=True) == []
 
 
-def test_files_for_an_object_store_wait_in_a_private_file(
+def test_files_for_an_object_store_wait_in_a_file_without_a_name(
     tmp_path: Path, no_chmod: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -126,8 +126,9 @@ def test_files_for_an_object_store_wait_in_a_private_file(
         table = pa.table({"text": [TEXT]})
         with ShardWriter(open_location("memory://privacy/out"), "a.parquet", table.schema, {}, {}) as writer:
             writer.write(table)
-            (waiting,) = tmp_path.iterdir()
-            assert stat.S_IMODE(waiting.stat().st_mode) == 0o600
+            assert list(tmp_path.iterdir()) == []
+            assert writer._unnamed is not None
+            assert stat.S_IMODE(os.fstat(writer._unnamed.fileno()).st_mode) == 0o600
             writer.commit()
     finally:
         os.umask(previous)
