@@ -88,11 +88,7 @@ def _stages_of_finished(planned: ScorePlan, done: Mapping[str, UnitReport]) -> d
 
 
 def stages_told(output: Location, run_fingerprint: str) -> dict[str, Any] | None:
-    """The stages in the manifest of a run; None where it has none, as after a kill just before it was written.
-
-    Records that could not be read are missing from outputs that are there, so the run is partial however often it is
-    called.
-    """
+    """The stages in the manifest of a run; None where it has none, as after a kill just before it was written."""
     manifest = glance(output, MANIFEST)
     stages = manifest.get("stages", {})
     is_whole = isinstance(stages, dict) and all(isinstance(stage, dict) for stage in stages.values())

@@ -84,7 +84,7 @@ def plan_score(config: ScoreConfig) -> ScorePlan:
     store, right_store = config.store, config.right_store
     if config.store is not None:
         headers = _store_headers(config)
-        source = {"stores": [header["fingerprint"] for header in headers]}
+        source = {"stores": [_name_of(header) for header in headers]}
         encoder = headers[0].get("encoder")  # None where a store does not tell
         id_kinds = [header["id_kind"] for header in headers]
     elif config.records is not None:
@@ -166,6 +166,12 @@ def score_inputs(config: ScoreConfig) -> list[tuple[str, Location]]:
     inputs = [("--pairs", config.pairs), ("--records", config.records), ("--right-records", config.right_records)]
     inputs += _stores(config)
     return [(option, open_location(uri)) for option, uri in inputs if uri is not None]
+
+
+def _name_of(header: Mapping[str, Any]) -> str:
+    """What a store holds; one that lacks records may come to hold more under the same fingerprint."""
+    is_whole = header.get("complete", True)
+    return str(header["fingerprint"] if is_whole else f"{header['fingerprint']} {header['content_fingerprint']}")
 
 
 def _store_headers(config: ScoreConfig) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from flipkd.config import EncodeConfig, EncoderOptions, RunOptions, ScoreConfig
+from flipkd.errors import OutputError
 from flipkd.models.llm_options import LlmOptions
 from flipkd.report.config import EvaluateConfig
 from flipkd.report.evaluate import evaluate
@@ -105,9 +106,15 @@ def test_records_are_taken_up_by_the_same_command(world: World, tmp_path: Path, 
         assert not partial["complete"]
         assert len(VectorStore.open(tmp_path / "store")) == 4
     damage.mend()
+    pairs = write(tmp_path / "pairs.parquet", left_id=["a0", "b1"], right_id=["a1", "a2"])
+    score = ScoreConfig(str(pairs), str(tmp_path / "out"), store=config.output)
+    assert pipeline.score(score)["reasons"] == {"missing_record": 1}
+    assert pipeline.score(score)["units_resumed"] == 1
     manifest = encode(config)
     assert manifest["complete"]
     assert manifest["units_resumed"] == 1
+    with pytest.raises(OutputError, match="of another run, or of input that has changed"):
+        pipeline.score(score)
     assert len(VectorStore.open(tmp_path / "store")) == 8
     assert not (tmp_path / "store" / PARTS).exists()
     assert encode(config) == manifest
