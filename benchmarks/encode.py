@@ -200,7 +200,8 @@ def quality_by_dtype(work: Path) -> tuple[list[dict[str, Any]], dict[str, float]
         pairs_of = pairs_folder(work, Settings()) / dataset
         validation, test = (read_pairs(pairs_of / f"{name}.parquet") for name in ("validation", "test"))
         with tempfile.TemporaryDirectory() as folder:
-            encoders = {name: path for name, path in {"teacher": trial / "teacher-encoder"}.items() if path.exists()}
+            teacher = trial / "teacher-encoder"
+            encoders = {"teacher": teacher} if teacher.exists() else {}  # it may still be trained
             for run in sorted(trial.glob("runs/*")):
                 if (run / "adapter").exists():
                     encoders[run.name] = Path(folder) / run.name

@@ -92,7 +92,7 @@ def output_path(config: TrainConfig) -> str:
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """The rate of step ``step`` (from 0): a linear rise, then a cosine that reaches 0 one step too late."""
+    """The rate of step ``step`` (from 0): a linear rise, then a cosine that is 0 at step ``steps``."""
     warmup = round(config.warmup_fraction * config.steps)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
@@ -232,12 +232,8 @@ class _Training:
             bodies = [student.body(text) for text in ids]
             triples = [(bodies[chosen.left[i]], bodies[chosen.right[i]], int(chosen.labels[i])) for i in own]
             weight = 1.0 if config.loss.objective == "lm" else config.loss.weight_lm
-            own_seed = (
-                config.seed,
-                number,
-                self._workers.rank,
-                1,
-            )  # 1: other numbers than those of the vectors' passes
+            # The last number: others than those of the passes of the vectors.
+            own_seed = (config.seed, number, self._workers.rank, 1)
             found = backward_language_model(
                 student, self._prompt, triples, weight, len(labelled), config.max_tokens, own_seed
             )

@@ -159,7 +159,7 @@ def encode_planned(planned: EncodePlan, waits: bool = False) -> dict[str, Any]:
                 return manifest
             sealed = None
         # One that lacks records may be finished; if its parts are of other records, run_job says so.
-        if sealed is not None and sealed["complete"] and not config.run.overwrite:
+        if sealed is not None and sealed.get("complete", True) and not config.run.overwrite:
             raise ConfigError(
                 f"{output.uri} holds the store of another run, or of records that have changed since; "
                 "choose another --output, or pass --overwrite to replace it"

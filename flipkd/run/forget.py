@@ -130,11 +130,8 @@ def _texts_of(records: Location, config: EncodeConfig, wanted: pa.Array) -> tupl
                 ids = _comparable(table.column(config.id_column), config.id_column)
                 chosen = pc.is_in(ids, value_set=wanted)
                 known.append(ids.filter(chosen))
-                texts.append(
-                    render_texts(
-                        take_rows(table, pa.array(np.flatnonzero(chosen))), config.text_template
-                    ).values.drop_null()
-                )
+                own = take_rows(table, np.flatnonzero(chosen))
+                texts.append(render_texts(own, config.text_template).values.drop_null())
     return pc.unique(pa.concat_arrays(texts)), len(pc.unique(pa.concat_arrays(known)))
 
 

@@ -117,7 +117,7 @@ def _heartbeat(target: Location, refusal: OutputInUseError) -> Iterator[None]:
                     )
                     return
                 beat()
-            except OutputError:
+            except (OutputError, OSError):  # looking may fail too, and the thread must live on
                 logger.warning("could not renew the lock of %s", target.uri)
 
     thread = threading.Thread(target=keep_beating, daemon=True)

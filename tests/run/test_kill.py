@@ -151,6 +151,29 @@ def test_a_job_whose_lock_was_taken_over_leaves_it() -> None:
     assert not is_locked(folder)
 
 
+def test_a_lock_is_renewed_after_a_look_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network was away for a moment; the thread that renews must not end with it."""
+    folder, looked, failed = open_location("memory://flipkd-lock/away"), lock._holder, []
+
+    def look(target: Location) -> str | None:
+        if threading.current_thread() is not threading.main_thread() and not failed:
+            failed.append(True)
+            raise OSError("the network went away")
+        return looked(target)
+
+    monkeypatch.setattr(lock, "_HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(lock, "_holder", look)
+    with locked(folder):
+        (path,) = fsspec.filesystem("memory").find("/flipkd-lock/away")
+        wait_s = time.monotonic() + 20
+        while not failed and time.monotonic() < wait_s:
+            time.sleep(0.01)
+        before = json.loads(fsspec.filesystem("memory").cat(path))["time"]
+        while json.loads(fsspec.filesystem("memory").cat(path))["time"] == before and time.monotonic() < wait_s:
+            time.sleep(0.01)
+        assert json.loads(fsspec.filesystem("memory").cat(path))["time"] > before
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Path:
     """A file system of 1 MB."""
