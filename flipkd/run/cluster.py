@@ -211,7 +211,8 @@ def _explain(error: BaseException, run: RunOptions) -> str:
         cpus = ray.cluster_resources().get("CPU", 0)
         return (
             f"no Ray worker could start within --start-timeout-s {run.start_timeout_s:.0f}: the cluster has "
-            f"{cpus:.0f} CPUs in all; add nodes, or lower --threads, --gpus or --min-workers"
+            f"{cpus:.0f} CPUs in all; add nodes, or lower --threads, --gpus or --min-workers; where these suffice, "
+            "look in Ray's logs for a worker that hangs"
         )
     if name == "ExecutionTimeoutError":
         return f"no unit finished for --stall-timeout-s {run.stall_timeout_s:.0f}; finished units are kept, run again"
