@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from flipkd.cli.options import common_options, print_values, say, set_up_logging
+from flipkd.data.location import without_secrets
 from flipkd.report.config import EvaluateConfig
 
 
@@ -58,8 +59,8 @@ def evaluate(as_json: bool, log_level: str, **options: Any) -> None:
     elif config.sample is not None:
         click.echo(
             f"sample: {facts['pairs']} of {facts['scored']} scored pairs from {facts['strata']} strata; fill in column "
-            f"{facts['label_column']!r} of {facts['output']}, then: flipkd-batch evaluate --scores {config.scores} "
-            f"--labels {facts['output']} --output REPORT"
+            f"{facts['label_column']!r} of {facts['output']}, then: flipkd-batch evaluate --scores "
+            f"{without_secrets(config.scores)} --labels {facts['output']} --output REPORT"
         )
     else:
         _print_report(facts, config.output)

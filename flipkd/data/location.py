@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import posixpath
+import re
 import urllib.parse
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,9 @@ from flipkd.errors import ConfigError, InputError
 
 # Native pyarrow filesystems; every other scheme goes through fsspec.
 _ARROW_SCHEMES = ("file", "s3", "gs", "gcs", "hdfs")
+# KEY:SECRET@ before a host (not the : of a port); a secret with a slash too, which nothing opens and messages quote.
+_USER = re.compile(r"^[^/@]*:(?!\d+(?:/|$))(?:[^/]*@|[^@]*@)")
+_SECRET = re.compile(r"((?:^|&)[^=&]*(?:key|secret|token|password|sig)[^=&]*=)[^&]*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -22,14 +26,20 @@ class Location:
     """A folder or file on some filesystem.
 
     Args:
-        uri: as the user gave it (made absolute when local), so that another process can open it again.
+        address: as the user gave it (made absolute when local), so that another process can open it again. A URL may
+            hold the key of a bucket.
         path: the path that ``filesystem`` knows.
         filesystem: a pyarrow filesystem.
     """
 
-    uri: str
+    address: str
     path: str
     filesystem: pafs.FileSystem
+
+    @property
+    def uri(self) -> str:
+        """How messages name it: the address without keys and passwords."""
+        return self.address if self.is_local else without_secrets(self.address)
 
     @property
     def is_local(self) -> bool:
@@ -39,16 +49,16 @@ class Location:
     def child(self, name: str) -> Location:
         """The location of ``name`` below this one."""
         # What stands behind the ? of a URL says how to reach the filesystem (s3://bucket/folder?region=...).
-        place, mark, query = (self.uri, "", "") if self.is_local else self.uri.partition("?")
-        uri = f"{place.rstrip('/')}/{name}{mark}{query}"
-        return Location(uri, posixpath.join(self.path, name), self.filesystem)
+        place, mark, query = (self.address, "", "") if self.is_local else self.address.partition("?")
+        address = f"{place.rstrip('/')}/{name}{mark}{query}"
+        return Location(address, posixpath.join(self.path, name), self.filesystem)
 
     def naming(self, name: str) -> str:
         """How a message names the file ``name`` of this table; a table of one file is that file."""
         return self.uri if posixpath.basename(self.path) == name else f"{name} of {self.uri}"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (open_location, (self.uri,))
+        return (open_location, (self.address,))
 
 
 def open_location(uri: str | os.PathLike[str]) -> Location:
@@ -74,9 +84,22 @@ def open_location(uri: str | os.PathLike[str]) -> Location:
         remote, path = fsspec.core.url_to_fs(text)
         return Location(text, path, pafs.PyFileSystem(pafs.FSSpecHandler(remote)))
     except (ValueError, ImportError, pa.ArrowException) as error:
-        raise ConfigError(f"cannot open the location {text!r}: {error}") from error
+        told = str(error).replace(text, without_secrets(text))
+        raise ConfigError(f"cannot open the location {without_secrets(text)!r}: {told}") from None
     except OSError as error:  # S3 asks the network where a bucket is
-        raise InputError(f"cannot open the location {text!r}: {reason(error)}") from error
+        raise InputError(f"cannot open the location {without_secrets(text)!r}: {reason(error)}") from error
+
+
+def without_secrets(address: str) -> str:
+    """A URL as messages show it: ``s3://KEY:SECRET@bucket/a?secret_key=S`` is ``s3://***@bucket/a?secret_key=***``.
+
+    A local path stays as it is.
+    """
+    scheme, mark, rest = address.partition("://")
+    if not mark:
+        return address
+    place, query_mark, query = rest.partition("?")
+    return scheme + mark + _USER.sub("***@", place) + query_mark + _SECRET.sub(r"\1***", query)
 
 
 def reason(error: BaseException) -> str:

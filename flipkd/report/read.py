@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from flipkd.data.find import Shard, find_shards
 from flipkd.data.labels import read_labels
-from flipkd.data.location import Location, open_location
+from flipkd.data.location import Location, open_location, without_secrets
 from flipkd.data.shards import ShardReader
 from flipkd.errors import ConfigError, InputError
 from flipkd.report.config import EvaluateConfig
@@ -162,10 +162,11 @@ def _read_any(config: EvaluateConfig, scores: Location, shards: list[Shard]) -> 
 
 
 def _no_labels(config: EvaluateConfig, read: LabelledRun) -> str:
-    where = config.scores if config.labels is None else config.labels
+    scores = without_secrets(config.scores)
+    where = scores if config.labels is None else without_secrets(config.labels)
     if read.kind == "table" and read.counts.unmatched:
         return (
-            f"none of the {read.counts.unmatched} labelled pairs of {where} stands in {config.scores}; the ids in "
+            f"none of the {read.counts.unmatched} labelled pairs of {where} stands in {scores}; the ids in "
             f"{', '.join(config.key)} must be those of the scores, on the same side"
         )
     unscored = sum(pairs for pairs, _ in read.counts.unscored.values())

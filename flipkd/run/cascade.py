@@ -66,7 +66,7 @@ def as_cascade(score: ScoreConfig, rescore: RescoreConfig, scores: str | None = 
         scores: folder that keeps the scores as they were before the LLM answered; None for none.
     """
     output = open_location(score.output)
-    folder = output.child(SCORES).uri if scores is None else scores
+    folder = output.child(SCORES).address if scores is None else scores
     names = ("left_text", "right_text", "left_column", "right_column", "id_column")
     records, right_records = rescore.records, rescore.right_records
     if records is None:

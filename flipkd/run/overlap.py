@@ -48,7 +48,9 @@ def _lies_in(inner: Location, outer: Location) -> bool:
 
 def real_uri(location: Location) -> str:
     """One name for one place, whatever links lead there."""
-    return os.path.realpath(location.path) if location.is_local else location.uri.partition("?")[0].rstrip("/")
+    if location.is_local:
+        return os.path.realpath(location.path)
+    return location.uri.partition("?")[0].replace("://***@", "://", 1).rstrip("/")
 
 
 def refuse_other_kind(output: Location, kind: str) -> None:

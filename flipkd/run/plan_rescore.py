@@ -12,7 +12,7 @@ import pyarrow as pa
 from flipkd.data.commit import read_json
 from flipkd.data.find import Shard, find_shards
 from flipkd.data.labels import read_labels
-from flipkd.data.location import Location, open_location
+from flipkd.data.location import Location, open_location, without_secrets
 from flipkd.data.record_texts import check_ids_fit
 from flipkd.data.records import as_text
 from flipkd.data.shards import ShardReader
@@ -139,15 +139,16 @@ def _threshold(config: RescoreConfig, used: float | None, has_probability: bool,
         return None
     if config.threshold is not None:
         return config.threshold
+    scores = without_secrets(config.scores)
     if not has_probability:
         raise ConfigError(
-            f"--scores {config.scores}: match was decided by the score, with which an LLM's probability cannot be "
-            "compared; run score with --calibration, or name a --threshold of the probability"
+            f"--scores {scores}: match was decided by the score, with which an LLM's probability "
+            "cannot be compared; run score with --calibration, or name a --threshold of the probability"
         )
     if used is None:
         raise ConfigError(
-            f"--scores {config.scores}: has a column match, and no {MANIFEST} that tells its threshold; name it with "
-            "--threshold"
+            f"--scores {scores}: has a column match, and no {MANIFEST} that tells its threshold; "
+            "name it with --threshold"
         )
     return float(used)
 
@@ -163,8 +164,8 @@ def _center(config: RescoreConfig, used: float | None, has_probability: bool) ->
         return 0.5 if found is None else float(found)
     if used is None:
         raise ConfigError(
-            f"--budget: the scores in {config.scores} have no column probability and no threshold, so that nothing "
-            "tells which are uncertain; run score with --calibration, or give --band"
+            f"--budget: the scores in {without_secrets(config.scores)} have no column probability and no threshold, so "
+            "that nothing tells which are uncertain; run score with --calibration, or give --band"
         )
     return float(used)
 
