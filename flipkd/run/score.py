@@ -125,21 +125,31 @@ class ScoreWorker:
 
     def _score_batch(self, table: pa.Table, pairs: PairRows, names: Sequence[str]) -> pa.Table:
         task = self._task
+        may_be_nan = not self._left.rows.dtype == self._right.rows.dtype == "int8"
         scores = pair_score(
             self._left.rows,
             self._right.rows,
             pairs.left,
             pairs.right,
             calibration=kernel_arguments(task.calibration),
-            min_score=task.min_score,
+            min_score=None if may_be_nan else task.min_score,
             threads=self._threads,
         )
-        _check_finite(self._left, self._right, pairs, scores)
+        if may_be_nan:
+            self._refuse_nan(pairs, scores)
+            if task.min_score is not None:
+                scores = _survivors(scores, task.min_score)
         if task.calibration is not None and scores.probability is None:  # a form that the kernel does not compute
             scores = replace(scores, probability=probabilities(task.calibration, scores.score))
         if task.top_k is not None:
             return best_of_batch(table, pairs, scores, names, task.threshold, task.top_k)
         return assemble(table, pairs, scores, names, task.threshold)
+
+    def _refuse_nan(self, pairs: PairRows, scores: PairScores) -> None:
+        """An encoder never writes such a vector, so the store is damaged; --min-score must not hide it."""
+        if np.isnan(scores.score[pairs.left >= 0]).any():
+            stores = " or ".join(dict.fromkeys([str(self._left.path), str(self._right.path)]))
+            raise InputError(f"a vector of the store {stores} is not a number; encode the records again")
 
     def _resolve(self, table: pa.Table) -> PairRows:
         task = self._task
@@ -149,13 +159,11 @@ class ScoreWorker:
         return resolve_texts(left, right, self._left, task.digest_key, task.pair_columns, self._threads)
 
 
-def _check_finite(left: VectorStore, right: VectorStore, pairs: PairRows, scores: PairScores) -> None:
-    """Refuses NaN as a score: an encoder never writes such a vector, so the store is damaged (int8 cannot hold one)."""
-    if left.rows.dtype == right.rows.dtype == "int8" or scores.position is not None:
-        return
-    scored = pairs.left >= 0
-    if np.isnan(scores.score[scored]).any():
-        raise InputError(f"a vector of the store {left.path} or {right.path} is not a number; encode the records again")
+def _survivors(scores: PairScores, min_score: float) -> PairScores:
+    """What the kernel does with int8 rows as it scores them."""
+    kept = np.flatnonzero(scores.score >= np.float64(min_score))  # NumPy would round a plain number to float32
+    probability = None if scores.probability is None else scores.probability[kept]
+    return PairScores(scores.score[kept], probability, kept)
 
 
 def assemble(

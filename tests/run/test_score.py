@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
+from benchmarks.score import write_store
 from flipkd.cli import main
-from flipkd.config import EncodeConfig, EncoderOptions, RunOptions, ScoreConfig, TeachConfig
+from flipkd.config import EncodeConfig, EncoderOptions, RunOptions, ScoreConfig, TeachConfig, VectorDtype
 from flipkd.data.find import find_shards
 from flipkd.data.location import open_location
 from flipkd.errors import ConfigError, FlipkdError, InputError, OutputError
@@ -179,6 +180,27 @@ def test_what_cannot_be_scored_has_a_reason_and_is_never_nan(world: World, tmp_p
     survivors = score(replace(task, output=str(tmp_path / "some"), min_score=-1.0))
     assert survivors["rows_out"] == 1
     assert survivors["reasons"] == manifest["reasons"]
+
+
+@pytest.mark.parametrize("options", [{}, {"min_score": 0.5}, {"top_k": 1}], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bf16"])
+def test_a_damaged_store_is_named_and_drops_no_pair(
+    tmp_path: Path, dtype: VectorDtype, options: dict[str, Any]
+) -> None:
+    vectors = np.eye(4, 64, dtype=np.float32)
+    write_store(tmp_path / "store", pa.array(range(4), pa.int64()), vectors, dtype)
+    (tmp_path / "pairs").mkdir()
+    ids = pa.table({"left_id": pa.array([0, 1, 9], pa.int64()), "right_id": pa.array([0, 2, 3], pa.int64())})
+    pq.write_table(ids, tmp_path / "pairs/a.parquet")
+    task = ScoreConfig(str(tmp_path / "pairs"), str(tmp_path / "out"), store=str(tmp_path / "store"), **options)
+    assert score(task)["rows_in"] == 3
+    expected = {"{}": [1.0, 0.0, None], "{'min_score': 0.5}": [1.0], "{'top_k': 1}": [1.0, 0.0]}[str(options)]
+    assert read_scores(tmp_path / "out").column("score").to_pylist() == expected
+    with open(tmp_path / "store/vectors.bin", "r+b") as file:
+        file.seek(2 * 64 * (4 if dtype == "float32" else 2))
+        file.write(b"\xff" * 4)  # NaN
+    with pytest.raises(InputError, match=f"{tmp_path}/store is not a number; encode the records again"):
+        score(replace(task, output=str(tmp_path / "again")))
 
 
 def test_exact_ids_and_pass_through_types(world: World, tmp_path: Path) -> None:
