@@ -109,10 +109,19 @@ class ShardWriter:
                 self._unnamed.close()
 
 
+def open_remote(target: Location) -> pa.NativeFile:
+    """A stream into a file that is not on a local disk; its folder is made where there are such (sftp, hdfs)."""
+    try:
+        return target.filesystem.open_output_stream(target.path)
+    except FileNotFoundError:
+        target.filesystem.create_dir(posixpath.dirname(target.path), recursive=True)
+        return target.filesystem.open_output_stream(target.path)
+
+
 def _upload(path: str, target: Location) -> None:
     """Copies a local file to an object store; a copy that breaks off is deleted."""
     try:
-        with pa.OSFile(path) as source, target.filesystem.open_output_stream(target.path) as sink:
+        with pa.OSFile(path) as source, open_remote(target) as sink:
             while block := source.read(_UPLOAD_BYTES):
                 sink.write(block)
     except BaseException:
@@ -203,7 +212,7 @@ def write_json(root: Location, name: str, values: Mapping[str, Any]) -> None:
     if root.is_local:
         write_private_file(target.path, data)
         return
-    with writing(target.uri), root.filesystem.open_output_stream(target.path) as sink:
+    with writing(target.uri), open_remote(target) as sink:
         sink.write(data)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from filelock import FileLock, Timeout
 
-from flipkd.data.commit import make_private_folder, writing
+from flipkd.data.commit import make_private_folder, open_remote, writing
 from flipkd.data.location import Location
 from flipkd.errors import OutputError, OutputInUseError
 from flipkd.run.manifest import WORK_FOLDER
@@ -97,7 +97,7 @@ def _heartbeat(target: Location, refusal: OutputInUseError) -> Iterator[None]:
     own = f"{socket.gethostname()}:{os.getpid()}:{time.time_ns()}"
 
     def beat() -> None:
-        with writing(target.uri), target.filesystem.open_output_stream(target.path) as sink:
+        with writing(target.uri), open_remote(target) as sink:
             sink.write(json.dumps({"holder": own, "time": time.time()}).encode())
 
     if _holder(target) is not None:

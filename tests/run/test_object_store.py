@@ -34,6 +34,12 @@ def bucket() -> Iterator[str]:
         remote.rm("/flipkd-bucket", recursive=True)
 
 
+@pytest.fixture(params=["memory", "local"])
+def place(request: pytest.FixtureRequest, bucket: str, tmp_path: Path) -> str:
+    """An object store, where folders are but names, and a filesystem of fsspec where they must be made (as on sftp)."""
+    return bucket if request.param == "memory" else f"local://{tmp_path}/disk"
+
+
 def remote_scores(uri: str) -> pa.Table:
     root = open_location(uri)
     tables = []
@@ -43,15 +49,16 @@ def remote_scores(uri: str) -> pa.Table:
     return pa.concat_tables(tables)
 
 
-def test_the_whole_job_on_an_object_store(world: World, make_pairs: MakePairs, tmp_path: Path, bucket: str) -> None:
+def test_the_whole_job_on_an_object_store(world: World, make_pairs: MakePairs, tmp_path: Path, place: str) -> None:
     pairs = make_pairs()
-    fsspec.filesystem("memory").put(str(pairs), "/flipkd-bucket/pairs", recursive=True)
-    fsspec.filesystem("memory").put(world.left, "/flipkd-bucket/records", recursive=True)
+    remote, root = fsspec.core.url_to_fs(place)
+    remote.put(str(pairs), f"{root}/pairs", recursive=True)
+    remote.put(world.left, f"{root}/records", recursive=True)
     task = ScoreConfig(
-        pairs=f"{bucket}/pairs",
-        output=f"{bucket}/out",
+        pairs=f"{place}/pairs",
+        output=f"{place}/out",
         encoder=EncoderOptions(world.encoder),
-        records=f"{bucket}/records",
+        records=f"{place}/records",
     )
     with pytest.raises(ConfigError, match="--cache"):
         score(task)
@@ -59,17 +66,17 @@ def test_the_whole_job_on_an_object_store(world: World, make_pairs: MakePairs, t
     assert score(task)["rows_out"] == 120
     here = replace(task, pairs=str(pairs), records=world.left, output=str(tmp_path / "out"))
     score(here)
-    assert remote_scores(f"{bucket}/out").equals(read_scores(tmp_path / "out"))
-    assert status(f"{bucket}/out")["state"] == "finished"
-    victim = next(shard for shard in find_shards(open_location(f"{bucket}/out")))
-    fsspec.filesystem("memory").rm(victim.path)
+    assert remote_scores(f"{place}/out").equals(read_scores(tmp_path / "out"))
+    assert status(f"{place}/out")["state"] == "finished"
+    victim = next(shard for shard in find_shards(open_location(f"{place}/out")))
+    remote.rm(victim.path)
     manifest = score(task)
     assert manifest["units_resumed"] == 3
     with pytest.raises(OutputError, match="another run"):
         score(replace(task, min_score=0.5))
     assert score(replace(task, min_score=0.5, run=RunOptions(overwrite=True)))["rows_out"] < 120
     with pytest.raises(ConfigError, match="must be a local folder"):
-        encode(EncodeConfig(EncoderOptions(world.encoder), world.left, f"{bucket}/store"))
+        encode(EncodeConfig(EncoderOptions(world.encoder), world.left, f"{place}/store"))
 
 
 def test_an_upload_that_breaks_off_publishes_nothing(
