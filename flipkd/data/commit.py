@@ -256,7 +256,7 @@ def read_json(root: Location, name: str, **kinds: type | tuple[type, ...]) -> di
         kinds: fields that it must have, and their types.
 
     Raises:
-        InputError: it is there and is not a JSON object with these fields.
+        InputError: it cannot be read, or is not a JSON object with these fields.
     """
     target = root.child(name)
     try:
@@ -266,5 +266,7 @@ def read_json(root: Location, name: str, **kinds: type | tuple[type, ...]) -> di
         return values
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise InputError(f"cannot read {target.uri}: {reason(error)}") from error
+    except ValueError as error:
         raise InputError(f"cannot read {target.uri}: {reason(error)}; remove it and run again") from error

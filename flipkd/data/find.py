@@ -29,7 +29,7 @@ class Shard:
         path: path on its filesystem.
         name: path below the table's root, ``/`` between its parts.
         size_bytes: size of the file.
-        modified_ns: time of the last change, nanoseconds since 1970 (0 where the filesystem tells none).
+        modified_ns: time of the last change, nanoseconds since 1970 (0 where none is known).
         partitions: hive partition columns from the folder names, values kept as the text they are (``007`` stays
             ``007``); None for hive's null.
     """
@@ -48,9 +48,12 @@ def find_shards(location: Location) -> list[Shard]:
     endings are not part of the table.
 
     Raises:
-        InputError: the path does not exist, or holds no Parquet file.
+        InputError: the path does not exist, cannot be looked at, or holds no Parquet file.
     """
-    info = location.filesystem.get_file_info(location.path)
+    try:
+        info = location.filesystem.get_file_info(location.path)
+    except OSError as error:
+        raise InputError(f"cannot look at {location.uri}: {reason(error)}") from error
     if info.type == pafs.FileType.NotFound:
         raise InputError(f"{location.uri} does not exist")
     if info.type == pafs.FileType.File:
@@ -85,6 +88,12 @@ def find_shards(location: Location) -> list[Shard]:
         _check_links(location.path, folder)
     if not shards:
         raise InputError(f"{location.uri} holds no .parquet file")
+    if not all(shard.modified_ns for shard in shards) and not location.is_local:
+        logger.warning(
+            "%s: this filesystem does not tell when files have changed; one that is replaced by another of the same "
+            "size is not noticed",
+            location.uri,
+        )
     return sorted(shards, key=lambda shard: shard.name)
 
 

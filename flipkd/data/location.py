@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from flipkd.data.fsspec_files import Handler
 from flipkd.errors import ConfigError, InputError
 
 # Native pyarrow filesystems; every other scheme goes through fsspec.
@@ -82,7 +83,7 @@ def open_location(uri: str | os.PathLike[str]) -> Location:
         import fsspec
 
         remote, path = fsspec.core.url_to_fs(text)
-        return Location(text, path, pafs.PyFileSystem(pafs.FSSpecHandler(remote)))
+        return Location(text, path, pafs.PyFileSystem(Handler(remote)))
     except (ValueError, ImportError, pa.ArrowException) as error:
         told = str(error).replace(text, without_secrets(text))
         raise ConfigError(f"cannot open the location {without_secrets(text)!r}: {told}") from None

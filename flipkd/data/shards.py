@@ -43,8 +43,14 @@ class ShardReader:
                 self._check_unchanged()
                 # Checksums are there only where the writer has been told to write them.
                 buffer_bytes = _BUFFER_BYTES if location.is_local else 0
-                self._file = pq.ParquetFile(self._source, buffer_size=buffer_bytes, page_checksum_verification=True)
-                self.schema: pa.Schema = self._file.schema_arrow
+                self._file = pq.ParquetFile(
+                    self._source,
+                    buffer_size=buffer_bytes,
+                    page_checksum_verification=True,
+                    # Spark's own precision; in nanoseconds, Arrow's usual choice, years like 1 and 9999 would wrap.
+                    coerce_int96_timestamp_unit="us",
+                )
+                self.schema = pa.schema([_with_wide_indices(field) for field in self._file.schema_arrow])
                 self.schema.names  # noqa: B018  (fails where a name is not UTF-8)
             except BaseException:
                 self._source.close()
@@ -62,11 +68,14 @@ class ShardReader:
     def _check_unchanged(self) -> None:
         """Refuses a file that is not the one that was listed: its rows would go out under the other one's name."""
         shard = self._shard
-        found = (self._source.size(), shard.modified_ns)
         if self._location.is_local:
-            status = os.stat(shard.path)
-            found = (status.st_size, status.st_mtime_ns if shard.modified_ns else 0)
-        if found != (shard.size_bytes, shard.modified_ns):
+            status, unit_ns = os.stat(shard.path), 1
+            size, modified_ns = status.st_size, status.st_mtime_ns
+        else:  # where a listing may tell fractions of a second that a look at one object does not
+            info, unit_ns = self._location.filesystem.get_file_info(shard.path), 10**9
+            size, modified_ns = info.size, info.mtime_ns or 0
+        is_another = shard.modified_ns and modified_ns // unit_ns != shard.modified_ns // unit_ns
+        if size != shard.size_bytes or is_another:
             raise InputError(
                 f"{self._location.naming(shard.name)} has changed since it was listed; run again when it is at rest"
             )
@@ -143,9 +152,7 @@ class ShardReader:
             return
         seen = 0
         with self._naming():
-            batches = self._file.iter_batches(
-                batch_rows, row_groups=list(range(*row_groups)), columns=stored, use_threads=False
-            )
+            batches = self._decoded(stored, batch_rows, row_groups)
         while seen < skip_rows + rows:
             with self._naming():
                 batch = next(batches)
@@ -154,10 +161,17 @@ class ShardReader:
             start, stop = max(skip_rows - seen, 0), min(skip_rows + rows - seen, batch.num_rows)
             seen += batch.num_rows
             if start < stop:
-                table = pa.Table.from_batches([batch.slice(start, stop - start)]).select(stored)
-                yield _with_partitions(table.replace_schema_metadata(None), self._shard, columns, stop - start)
+                table = _widened(batch.slice(start, stop - start)).select(stored)
+                yield _with_partitions(table, self._shard, columns, stop - start)
         with self._naming():
             self._check_unchanged()
+
+    def _decoded(self, stored: list[str], batch_rows: int, row_groups: tuple[int, int]) -> Iterator[pa.RecordBatch]:
+        groups = range(*row_groups)
+        # Arrow cannot read a list of dictionaries over the border of two row groups.
+        one_by_one = any(_holds_dictionary(self.schema.field(column).type) for column in stored)
+        for some in [[group] for group in groups] if one_by_one else [list(groups)]:
+            yield from self._file.iter_batches(batch_rows, row_groups=some, columns=stored, use_threads=False)
 
     def all_batches(self, columns: Sequence[str], batch_rows: int) -> Iterator[pa.Table]:
         """Reads all rows; see ``batches``."""
@@ -188,10 +202,39 @@ def _holds_dictionary(kind: pa.DataType) -> bool:
     return any(pa.types.is_dictionary(child) or _holds_dictionary(child) for child in children)
 
 
+def _with_wide_indices(field: pa.Field) -> pa.Field:
+    """Of a dictionary column: as wide as the dictionaries of many row groups together may need."""
+    kind = field.type
+    if not pa.types.is_dictionary(kind) or kind.index_type.bit_width >= 32:
+        return field
+    return field.with_type(pa.dictionary(pa.int32(), kind.value_type, kind.ordered))
+
+
+def _widened(batch: pa.RecordBatch) -> pa.Table:
+    """The batch without metadata of the file, its dictionaries as ``_with_wide_indices`` says."""
+    fields = [_with_wide_indices(field) for field in batch.schema]
+    columns = [
+        column
+        if column.type == field.type
+        else pa.DictionaryArray.from_arrays(
+            column.indices.cast(pa.int32()), column.dictionary, ordered=column.type.ordered
+        )
+        for column, field in zip(batch.columns, fields, strict=True)
+    ]
+    return pa.table(columns, schema=pa.schema(fields))
+
+
 def _with_partitions(table: pa.Table, shard: Shard, columns: Sequence[str], rows: int) -> pa.Table:
+    """The columns in the wanted order, those of the folder names among them."""
+    if len(columns) == table.num_columns:
+        return table
     values = dict(shard.partitions)
-    for position, column in enumerate(columns):
-        if column not in table.schema.names:
-            constant = pa.repeat(pa.scalar(values[column], pa.string()), rows)
-            table = table.add_column(position, pa.field(column, pa.string()), constant)
-    return table
+    constants = {
+        column: pa.repeat(pa.scalar(values[column], pa.string()), rows)
+        for column in columns
+        if column not in table.schema.names
+    }
+    fields = [pa.field(name, pa.string()) if name in constants else table.schema.field(name) for name in columns]
+    return pa.table(
+        [constants[name] if name in constants else table.column(name) for name in columns], schema=pa.schema(fields)
+    )

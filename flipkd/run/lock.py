@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from filelock import FileLock, Timeout
 
 from flipkd.data.commit import make_private_folder, open_remote, writing
-from flipkd.data.location import Location
+from flipkd.data.location import Location, reason
 from flipkd.errors import OutputError, OutputInUseError
 from flipkd.run.manifest import WORK_FOLDER
 
@@ -83,13 +83,19 @@ def is_locked(output: Location) -> bool:
 
 
 def _holder(lock: Location) -> str | None:
-    """Who holds the lock of an object store; None where nobody has renewed it for two minutes."""
+    """Who holds the lock of an object store; None where nobody has renewed it for two minutes.
+
+    Raises:
+        OutputError: it cannot be looked at.
+    """
     try:
         with lock.filesystem.open_input_stream(lock.path) as source:
             found = json.loads(source.read())
         return str(found["holder"]) if time.time() - float(found["time"]) < _HEARTBEAT_STALE_S else None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
+    except OSError as error:
+        raise OutputError(f"cannot read {lock.uri}: {reason(error)}") from error
 
 
 @contextlib.contextmanager
@@ -127,6 +133,6 @@ def _heartbeat(target: Location, refusal: OutputInUseError) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, OutputError):
             if _holder(target) in (None, own):
                 target.filesystem.delete_file(target.path)

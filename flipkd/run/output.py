@@ -15,7 +15,7 @@ import pyarrow.fs as pafs
 
 from flipkd.data.commit import TEMPORARY_NAME, writing
 from flipkd.data.find import PARQUET_SUFFIXES, is_hidden
-from flipkd.data.location import Location
+from flipkd.data.location import Location, reason
 from flipkd.errors import OutputError
 from flipkd.run.manifest import MANIFEST, WORK_FOLDER, UnitReport, read_whole_reports
 from flipkd.run.units import FINGERPRINT_CHARACTERS, WorkUnit
@@ -35,13 +35,17 @@ def list_outputs(output: Location) -> tuple[set[str], list[str]]:
     One listing: its cost grows with the number of units.
 
     Raises:
-        OutputError: a symbolic link stands below the folder (it may itself be one): what is written or deleted there
-            would be elsewhere.
+        OutputError: the folder cannot be listed; or a symbolic link stands below it (it may itself be one): what is
+            written or deleted there would be elsewhere.
     """
     selector = pafs.FileSelector(output.path, recursive=True, allow_not_found=True)
     names, temporary = set(), []
     root = output.path.rstrip("/") + "/"
-    for info in output.filesystem.get_file_info(selector):
+    try:
+        found = output.filesystem.get_file_info(selector)
+    except OSError as error:
+        raise OutputError(f"cannot list {output.uri}: {reason(error)}") from error
+    for info in found:
         if output.is_local and os.path.islink(info.path):
             raise OutputError(f"{info.path} is a symbolic link inside an output folder; put the folder itself there")
         if info.type != pafs.FileType.File:

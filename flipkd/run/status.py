@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow.fs as pafs
 
 from flipkd.data.commit import read_json
-from flipkd.data.location import Location, open_location
+from flipkd.data.location import Location, open_location, reason
 from flipkd.distill.run_folder import RUN_FILE, run_status
 from flipkd.errors import InputError
 from flipkd.run.encode import PARTS, STORE_FILE
@@ -33,18 +33,22 @@ def status(folder: str) -> dict[str, Any]:
         seconds); else they come from the outputs that are there, the rate from those committed since the last start.
 
     Raises:
-        InputError: the folder is not an output of flipkd.
+        InputError: the folder cannot be looked at, or is not an output of flipkd.
     """
     output = open_location(folder)
-    if output.filesystem.get_file_info(output.path).type != pafs.FileType.Directory:
-        raise InputError(f"{folder} is not a folder")
+    try:
+        kind = output.filesystem.get_file_info(output.path).type
+    except OSError as error:
+        raise InputError(f"cannot look at {output.uri}: {reason(error)}") from error
+    if kind != pafs.FileType.Directory:
+        raise InputError(f"{output.uri} is not a folder")
     running = is_locked(output)
     found = _training(output) or (_at_work(output) if running else None) or _finished(output) or _left(output)
     if found is None and running:  # it has only just begun
         found = {"state": "unfinished", "kind": None}
     if found is None:
         raise InputError(
-            f"{folder} is not an output of flipkd: it has no {PLAN}; give the folder that was named by --output"
+            f"{output.uri} is not an output of flipkd: it has no {PLAN}; give the folder that was named by --output"
         )
     return {**found, "running": running} if found["state"] == "unfinished" else found
 

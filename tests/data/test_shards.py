@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 import fsspec
@@ -14,9 +16,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flipkd.data.columns import take_rows
 from flipkd.data.commit import ShardWriter, writing
 from flipkd.data.find import Shard, find_shards
 from flipkd.data.location import Location, open_location
+from flipkd.data.pairs import distinct_texts
+from flipkd.data.records import as_text
 from flipkd.data.shards import ShardReader
 from flipkd.errors import ConfigError, InputError, OutputError
 from flipkd.run.units import plan_units
@@ -91,6 +96,70 @@ def test_hive_partition_values_stay_text(tmp_path: Path) -> None:
         "branch=a%20b": ["a b", "a b"],
         "branch=__HIVE_DEFAULT_PARTITION__": [None, None],
     }
+
+
+def test_columns_of_folder_names_alone(tmp_path: Path) -> None:
+    """`label=0/part.parquet`, read for its label: no column of the file is decoded."""
+    for label in ("label=0", "label=1"):
+        (tmp_path / label).mkdir()
+        pq.write_table(pa.table({"text": ["a", "b", "c"]}), tmp_path / label / "part.parquet")
+    location = open_location(tmp_path)
+    found = [read_all(location, shard, ["label"]) for shard in find_shards(location)]
+    assert pa.concat_tables(found).to_pydict() == {"label": ["0"] * 3 + ["1"] * 3}
+
+
+def test_years_that_nanoseconds_do_not_reach(tmp_path: Path) -> None:
+    """Timestamps of Spark, Hive and Impala (INT96), with the first and last day that stand for none."""
+    when = pa.array([datetime(1, 1, 1), datetime(2026, 1, 1, 0, 0, 0, 7), datetime(9999, 12, 31)], pa.timestamp("us"))
+    pq.write_table(pa.table({"when": when}), tmp_path / "a.parquet", use_deprecated_int96_timestamps=True)
+    location = open_location(tmp_path)
+    assert read_all(location, find_shards(location)[0]).column("when").combine_chunks().equals(when)
+
+
+@pytest.mark.parametrize("index", [pa.int8(), pa.uint8(), pa.int16()], ids=str)
+def test_categories_of_many_row_groups(tmp_path: Path, index: pa.DataType) -> None:
+    """pandas writes chunks of `category` with int8: a row group has few of them, and the file more than int8 counts."""
+    groups = [
+        pa.DictionaryArray.from_arrays(pa.array([*range(100), None], index), [f"{group} {i}" for i in range(100)])
+        for group in range(3)
+    ]
+    with pq.ParquetWriter(tmp_path / "a.parquet", pa.schema([("city", groups[0].type)])) as writer:
+        for group in groups:
+            writer.write_table(pa.table({"city": group}))
+    location = open_location(tmp_path)
+    with ShardReader(location, find_shards(location)[0]) as reader:
+        kind = reader.schema.field("city").type
+    table = read_all(location, find_shards(location)[0])
+    assert table.column("city").type == kind == pa.dictionary(pa.int32(), pa.string())
+    expected = [value for group in groups for value in group.to_pylist()]
+    assert take_rows(table, pa.array(range(303))).column("city").to_pylist() == expected
+    assert as_text(table.column("city"), "city")[0].to_pylist() == expected
+    texts, places = distinct_texts(table.column("city"), "city")
+    assert texts.values.take(pa.array(places)).to_pylist() == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        (pa.list_(pa.dictionary(pa.int32(), pa.string())), lambda i: [f"x{i % 3}"]),
+        (pa.struct([("q", pa.dictionary(pa.int32(), pa.string()))]), lambda i: {"q": f"x{i % 3}"}),
+    ],
+    ids=["list", "struct"],
+)
+def test_dictionaries_inside_lists_over_many_row_groups(
+    tmp_path: Path, kind: pa.DataType, value: Callable[[int], object]
+) -> None:
+    values = pa.array([value(i) for i in range(60)], kind)
+    pq.write_table(pa.table({"v": values, "n": range(60)}), tmp_path / "a.parquet", row_group_size=17)
+    location = open_location(tmp_path)
+    found = read_all(location, find_shards(location)[0])
+    assert found.column("v").to_pylist() == values.to_pylist()
+    assert found.column("n").to_pylist() == list(range(60))
+    (unit,) = plan_units(location, find_shards(location), 1 << 40, "run").units
+    with ShardReader(location, unit.shard) as reader:
+        some = pa.concat_tables(reader.batches(["n", "v"], 7, row_groups=(0, 4), skip_rows=15, rows=30))
+    assert some.column("n").to_pylist() == list(range(15, 45))
+    assert some.column("v").to_pylist() == values.to_pylist()[15:45]
 
 
 def test_a_truncated_file_is_named(tmp_path: Path) -> None:

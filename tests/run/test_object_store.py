@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import fsspec
@@ -13,10 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from flipkd.config import EncodeConfig, EncoderOptions, RunOptions, ScoreConfig
-from flipkd.data import commit
+from flipkd.data import commit, fsspec_files
 from flipkd.data.find import find_shards
+from flipkd.data.fsspec_files import Handler
 from flipkd.data.location import Location, open_location
-from flipkd.errors import ConfigError, OutputError
+from flipkd.data.shards import ShardReader
+from flipkd.errors import ConfigError, FlipkdError, InputError, OutputError
 from flipkd.run.encode import encode
 from flipkd.run.pipeline import score
 from flipkd.run.status import status
@@ -24,6 +28,7 @@ from tests.run.conftest import World
 from tests.run.test_score import read_scores
 
 MakePairs = Callable[..., Path]
+NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
 
 @pytest.fixture
@@ -114,3 +119,80 @@ def test_nothing_of_an_output_has_a_name_on_the_local_disk(
     assert score(ScoreConfig(str(make_pairs()), f"{bucket}/out", store=world.left_store))["complete"]
     assert seen
     assert not any(seen)
+
+
+def test_input_of_the_same_size_that_has_changed_is_noticed(
+    world: World, make_pairs: MakePairs, tmp_path: Path, bucket: str
+) -> None:
+    """Most filesystems of fsspec call the time of the last change otherwise than pyarrow's."""
+    pairs = next(make_pairs(files=1).glob("*.parquet"))
+    remote = fsspec.filesystem("memory")
+    remote.put(str(pairs), "/flipkd-bucket/pairs/a.parquet")
+    (shard,) = find_shards(open_location(f"{bucket}/pairs"))
+    assert abs(shard.modified_ns / 1e9 - time.time()) < 60
+    task = ScoreConfig(f"{bucket}/pairs", str(tmp_path / "out"), store=world.left_store, right_store=world.right_store)
+    assert score(task)["complete"]
+    assert score(task)["units_resumed"] == 1
+    with ShardReader(open_location(f"{bucket}/pairs"), shard) as reader:
+        remote.put(str(pairs), "/flipkd-bucket/pairs/a.parquet")
+        modified = remote.store["/flipkd-bucket/pairs/a.parquet"].created + timedelta(seconds=2)
+        remote.store["/flipkd-bucket/pairs/a.parquet"].created = modified
+        with pytest.raises(InputError, match="has changed since it was listed"):
+            list(reader.all_batches(["left_id"], 1000))
+    with pytest.raises(OutputError, match="or of input that has changed since"):
+        score(task)
+
+
+@pytest.mark.parametrize(
+    "told",
+    [{"LastModified": NOW}, {"last_modified": NOW}, {"updated": NOW.isoformat()}, {"mtime": NOW.timestamp()}],
+    ids=lambda told: next(iter(told)),
+)
+def test_when_a_file_has_changed(told: dict[str, object]) -> None:
+    info = Handler._create_file_info("a", {"size": 1, "type": "file", **told})
+    assert info.mtime == NOW
+
+
+def test_a_filesystem_that_tells_no_times_is_warned_of(
+    make_pairs: MakePairs, bucket: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fsspec.filesystem("memory").put(str(make_pairs()), "/flipkd-bucket/pairs", recursive=True)
+    find_shards(open_location(f"{bucket}/pairs"))
+    assert not caplog.records
+    monkeypatch.setattr(fsspec_files, "changed_at", lambda info: None)
+    find_shards(open_location(f"{bucket}/pairs"))
+    assert f"{bucket}/pairs: this filesystem does not tell when files have changed" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("method", "part", "error", "message"),
+    [
+        ("info", "pairs", InputError, "cannot look at memory://flipkd-bucket/pairs: Permission denied"),
+        ("find", "pairs", InputError, "cannot list memory://flipkd-bucket/pairs: Permission denied"),
+        ("_open", "lock", OutputError, "cannot read memory://flipkd-bucket/out/.flipkd/lock: Permission denied"),
+        ("find", "out", OutputError, "cannot list memory://flipkd-bucket/out: Permission denied"),
+        ("_open", "_manifest.json", InputError, "cannot read memory://flipkd-bucket/out/_manifest.json: Perm[a-z ]*$"),
+    ],
+)
+def test_what_may_not_be_read_is_named(
+    world: World, make_pairs: MakePairs, bucket: str, monkeypatch: pytest.MonkeyPatch,
+    method: str, part: str, error: type[FlipkdError], message: str,
+) -> None:  # fmt: skip
+    remote = fsspec.filesystem("memory")
+    remote.put(str(make_pairs()), "/flipkd-bucket/pairs", recursive=True)
+    task = ScoreConfig(
+        f"{bucket}/pairs", f"{bucket}/out", store=world.left_store, right_store=world.right_store,
+        run=RunOptions(overwrite=True),
+    )  # fmt: skip
+    score(task)
+    remote.touch("/flipkd-bucket/out/.flipkd/lock")
+    allowed = getattr(type(remote), method)
+
+    def refusing(self: object, path: str, *arguments: object, **options: object) -> object:
+        if part in path and options.get("mode", "rb") == "rb":
+            raise PermissionError(13, "no key for you")
+        return allowed(self, path, *arguments, **options)
+
+    monkeypatch.setattr(type(remote), method, refusing)
+    with pytest.raises(error, match=message):
+        status(f"{bucket}/out") if "manifest" in part else score(task)
