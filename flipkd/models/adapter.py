@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flipkd.data.json_files import parse_object
 from flipkd.errors import ConfigError, ModelError
-from flipkd.models.folder import files_fingerprint, find_folder
+from flipkd.models.folder import absolute_model, files_fingerprint, find_folder
 from flipkd.models.options import StudentOptions, saved_options
 from flipkd.models.packed import ATTENTION, register
 from flipkd.models.student import Student, cut_config
@@ -72,7 +72,8 @@ def save_student(student: Student, folder: str | Path) -> None:
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     student.model.save_pretrained(str(path), safe_serialization=True)
     (path / "README.md").unlink(missing_ok=True)  # PEFT's model card: a form to fill in
-    facts = {"format": 1, "options": asdict(student.options), "layer": student.layer}
+    options = {**asdict(student.options), "folder": absolute_model(student.options.folder)}  # read from anywhere
+    facts = {"format": 1, "options": options, "layer": student.layer}
     (path / STUDENT_FILE).write_text(json.dumps({**facts, "base_fingerprint": student.base_fingerprint}, indent=2))
 
 

@@ -96,6 +96,12 @@ class ModelFolder:
     module_paths: tuple[Path, ...] = field(default=())
 
 
+def absolute_model(folder: str) -> str:
+    """A model's folder as a process with another working directory finds it; the name of one on a hub as it is."""
+    path = Path(folder).expanduser()
+    return os.path.abspath(path) if path.is_dir() else folder
+
+
 def find_folder(folder: str | Path) -> Path:
     """Returns the local folder of a model; a name that is not a folder here is taken as a hub name.
 

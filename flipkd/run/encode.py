@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -168,7 +168,9 @@ def encode_planned(planned: EncodePlan, waits: bool = False) -> dict[str, Any]:
         # Before any work: its folder must be one that can be used.
         cache = text_cache_of(config, planned.encoder_fingerprint)
         records = open_location(config.records)
-        worker = partial(EncodeWorker, config, records, parts, planned.run_fingerprint, planned.encoder_fingerprint)
+        worker = partial(
+            EncodeWorker, _for_workers(config), records, parts, planned.run_fingerprint, planned.encoder_fingerprint
+        )
         job = Job(
             kind="encode",
             output=parts,
@@ -188,6 +190,15 @@ def encode_planned(planned: EncodePlan, waits: bool = False) -> dict[str, Any]:
             except OutputError as error:  # the vectors are there: no reason to fail
                 logger.warning("the text cache was not compacted: %s", error)
         return _seal(planned, output, parts, manifest)
+
+
+def _for_workers(config: EncodeConfig) -> EncodeConfig:
+    """With paths that a worker with another working directory understands."""
+    from flipkd.models.folder import absolute_model
+
+    cache = None if config.cache is None else open_location(config.cache).path
+    encoder = replace(config.encoder, folder=absolute_model(config.encoder.folder))
+    return replace(config, cache=cache, encoder=encoder)
 
 
 def _seal(planned: EncodePlan, output: Location, parts: Location, manifest: dict[str, Any]) -> dict[str, Any]:

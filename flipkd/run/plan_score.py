@@ -84,6 +84,9 @@ def plan_score(config: ScoreConfig) -> ScorePlan:
     store, right_store = config.store, config.right_store
     if config.store is not None:
         headers = _store_headers(config)
+        # Workers on Ray have another working directory.
+        store = open_location(config.store).path
+        right_store = None if config.right_store is None else open_location(config.right_store).path
         source = {"stores": [_name_of(header) for header in headers]}
         encoder = headers[0].get("encoder")  # None where a store does not tell
         id_kinds = [header["id_kind"] for header in headers]

@@ -7,6 +7,7 @@ not (null where it was).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,6 +24,7 @@ from flipkd.data.pairs import NOT_SCORED, NOT_SELECTED, distinct_texts, first_re
 from flipkd.data.record_texts import RecordTexts
 from flipkd.data.shards import ShardReader
 from flipkd.errors import NotFiniteError
+from flipkd.models.folder import absolute_model
 from flipkd.models.llm import LlmAnswers, PairLlm, load_llm
 from flipkd.models.llm_options import LlmOptions
 from flipkd.run.combination import Combination, fit_from_output, write_combination
@@ -249,12 +251,14 @@ def rescore_task(planned: RescorePlan, selection: Selection) -> RescoreTask:
 
 def _job(planned: RescorePlan, selection: Selection, about: dict[str, Any]) -> Job:
     config = planned.config
+    prompt_file = config.llm.prompt_file and os.path.abspath(config.llm.prompt_file)
+    llm = replace(config.llm, folder=absolute_model(config.llm.folder), prompt_file=prompt_file)
     return Job(
         kind="rescore",
         output=planned.output,
         plan=planned.plan,
         fingerprint=planned.run_fingerprint,
-        make_worker=partial(RescoreWorker, rescore_task(planned, selection), config.llm),
+        make_worker=partial(RescoreWorker, rescore_task(planned, selection), llm),
         run=config.run,
         unit_name="pairs",
         uses_model=True,

@@ -18,6 +18,7 @@ from flipkd.data.commit import make_private_folder, read_json, sync, write_json,
 from flipkd.data.location import Location
 from flipkd.data.teacher_scores import TEACHER_VECTORS
 from flipkd.errors import OutputError
+from flipkd.models.folder import absolute_model
 from flipkd.run.job import Job, run_job
 from flipkd.run.join import JoinTask, JoinWorker, joined_plan
 from flipkd.run.local import UnitFunction
@@ -83,7 +84,8 @@ def _teach_job(planned: TeachPlan, work: Location, vectors: Location) -> Job:
     config, plan = planned.config, planned.plan
     pairs = work.child(_JOINED) if planned.tables else planned.pairs
     task = TeachTask(pairs, planned.output, planned.run_fingerprint, planned.teacher)
-    worker: Callable[[int], UnitFunction] = partial(CrossEncoderWorker, task, config.teacher)
+    teacher = replace(config.teacher, folder=absolute_model(config.teacher.folder))
+    worker: Callable[[int], UnitFunction] = partial(CrossEncoderWorker, task, teacher)
     if planned.teacher.kind == "bi-encoder":
         worker = partial(BiEncoderWorker, task, vectors.path)
     return Job(
