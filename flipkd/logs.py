@@ -18,6 +18,8 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Literal
 
+from flipkd.urls import hide_secrets
+
 LogFormat = Literal["text", "json"]
 LOG_FORMATS: tuple[LogFormat, ...] = ("text", "json")
 
@@ -124,6 +126,9 @@ class _TextFormatter(logging.Formatter):
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
 
+    def format(self, record: logging.LogRecord) -> str:
+        return hide_secrets(super().format(record))
+
     def formatException(self, ei: _ExceptionInfo) -> str:  # noqa: N802
         return "\n".join(f"  {line}" for line in _places(ei))
 
@@ -134,7 +139,7 @@ class _JsonFormatter(logging.Formatter):
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage().strip(),
+            "message": hide_secrets(record.getMessage().strip()),
             "process": record.process,
         }
         if record.exc_info:

@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from flipkd.cli.options import common_options, print_values, say, set_up_logging
-from flipkd.data.location import without_secrets
 from flipkd.report.config import EvaluateConfig
+from flipkd.urls import without_secrets
 
 
 @click.command()

@@ -17,6 +17,7 @@ from flipkd.cli.config_file import read_config_file
 from flipkd.config import EncoderOptions, RunOptions, ScoreConfig
 from flipkd.logs import COMMAND_LOGGER, LOG_FORMATS, LogFormat, LogOptions, current_options, logging_to_stderr
 from flipkd.record_sides import RecordSides
+from flipkd.urls import hide_secrets, without_secrets
 
 F = TypeVar("F", bound=Callable[..., Any])
 # Options that take several values with commas between them; in a configuration file these may be a list.
@@ -222,7 +223,8 @@ def set_up_logging(level: str) -> None:
 
 
 def say(message: str, level: int = logging.ERROR) -> None:
-    """The last word of a command on stderr: a line, or in a JSON log an object."""
+    """The last word of a command on stderr: a line, or in a JSON log an object. Keys in URLs are left out."""
+    message = hide_secrets(message)
     options = current_options()
     if options is not None and options.form == "json":
         logging.getLogger(COMMAND_LOGGER).log(level, "%s", message)
@@ -262,7 +264,7 @@ def report_job(manifest: dict[str, Any], output: str, as_json: bool, forgotten: 
         speed = f"{rate:.0f} rows/s" if rate else "nothing was left to do"
         click.echo(
             f"{manifest['kind']}: {manifest['rows_in']} rows in, {manifest['rows_out']} out{reasons}; {speed}; "
-            f"in {output}"
+            f"in {without_secrets(output)}"
         )
     if not manifest["complete"]:
         # A stage has read other files (records), or the same ones: each is counted once.

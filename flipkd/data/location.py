@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import posixpath
-import re
 import urllib.parse
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +13,10 @@ import pyarrow.fs as pafs
 
 from flipkd.data.fsspec_files import Handler
 from flipkd.errors import ConfigError, InputError
+from flipkd.urls import without_secrets
 
 # Native pyarrow filesystems; every other scheme goes through fsspec.
 _ARROW_SCHEMES = ("file", "s3", "gs", "gcs", "hdfs")
-# KEY:SECRET@ before a host (not the : of a port); a secret with a slash too, which nothing opens and messages quote.
-_USER = re.compile(r"^[^/@]*:(?!\d+(?:/|$))(?:[^/]*@|[^@]*@)")
-_SECRET = re.compile(r"((?:^|&)[^=&]*(?:key|secret|token|password|sig)[^=&]*=)[^&]*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -89,18 +86,6 @@ def open_location(uri: str | os.PathLike[str]) -> Location:
         raise ConfigError(f"cannot open the location {without_secrets(text)!r}: {told}") from None
     except OSError as error:  # S3 asks the network where a bucket is
         raise InputError(f"cannot open the location {without_secrets(text)!r}: {reason(error)}") from error
-
-
-def without_secrets(address: str) -> str:
-    """A URL as messages show it: ``s3://KEY:SECRET@bucket/a?secret_key=S`` is ``s3://***@bucket/a?secret_key=***``.
-
-    A local path stays as it is.
-    """
-    scheme, mark, rest = address.partition("://")
-    if not mark:
-        return address
-    place, query_mark, query = rest.partition("?")
-    return scheme + mark + _USER.sub("***@", place) + query_mark + _SECRET.sub(r"\1***", query)
 
 
 def reason(error: BaseException) -> str:

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from flipkd.data.find import Shard, find_shards
 from flipkd.data.labels import read_labels
-from flipkd.data.location import Location, open_location, without_secrets
+from flipkd.data.location import Location, open_location
 from flipkd.data.shards import ShardReader
 from flipkd.errors import ConfigError, InputError
 from flipkd.report.config import EvaluateConfig
@@ -26,6 +26,7 @@ from flipkd.report.scan import (
     scores_identity,
 )
 from flipkd.run.progress import progress_bar
+from flipkd.urls import without_secrets
 from flipkd.vectors.id_types import check_id_type
 
 

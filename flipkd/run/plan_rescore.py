@@ -12,7 +12,7 @@ import pyarrow as pa
 from flipkd.data.commit import read_json
 from flipkd.data.find import Shard, find_shards
 from flipkd.data.labels import read_labels
-from flipkd.data.location import Location, open_location, without_secrets
+from flipkd.data.location import Location, open_location
 from flipkd.data.record_texts import check_ids_fit
 from flipkd.data.records import as_text
 from flipkd.data.shards import ShardReader
@@ -26,6 +26,7 @@ from flipkd.run.overlap import refuse_overlap
 from flipkd.run.rescore_config import RescoreConfig
 from flipkd.run.select import ScoreColumn
 from flipkd.run.units import Plan, fingerprint, plan_units
+from flipkd.urls import without_secrets
 
 LLM_PROBABILITY, RESCORE_REASON = "llm_probability", "rescore_reason"
 _ADDED = (LLM_PROBABILITY, RESCORE_REASON)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flipkd.data.location import Location, open_location, without_secrets
+from flipkd.data.location import Location, open_location
 from flipkd.errors import ConfigError
 from flipkd.run.overlap import refuse_overlap
 
@@ -33,22 +33,6 @@ def test_an_output_inside_an_input_is_seen_through_the_query(output: str) -> Non
     with pytest.raises(ConfigError, match="lie in one another"):
         refuse_overlap(open_location(output + WAY), [("--pairs", open_location(f"s3://b/pairs{WAY}"))])
     refuse_overlap(open_location(f"s3://b/scores{WAY}"), [("--pairs", open_location(f"s3://b/pairs{WAY}"))])
-
-
-@pytest.mark.parametrize(
-    ("address", "told"),
-    [
-        ("s3://KEY:SEC%2FRET@bucket/a@b/c:d", "s3://***@bucket/a@b/c:d"),
-        ("s3://KEY:SEC/RET@bucket/a", "s3://***@bucket/a"),
-        ("sftp://user:p@ss@host:22/a", "sftp://***@host:22/a"),
-        ("abfs://box@account/a?sig=S%3D&api=1&account_KEY=S", "abfs://box@account/a?sig=***&api=1&account_KEY=***"),
-        ("sftp://host:22/a@b", "sftp://host:22/a@b"),
-        ("s3://bucket/a@b/c:d?region=x", "s3://bucket/a@b/c:d?region=x"),
-        ("/data/a:b@c?key=d", "/data/a:b@c?key=d"),
-    ],
-)
-def test_messages_show_no_key_of_a_bucket(address: str, told: str) -> None:
-    assert without_secrets(address) == told
 
 
 def test_a_key_travels_with_a_location_and_stands_in_no_message() -> None:
