@@ -13,7 +13,13 @@ def option_of_side(name: str, is_right: bool) -> str:
 
 
 def text_template(template: str | None, text_column: str | None) -> str:
-    """The template; a plain text column is the template of that column alone."""
+    """The template; a plain text column is the template of that column alone.
+
+    Raises:
+        ConfigError: the column's name has braces, which a template cannot say.
+    """
+    if template is None and text_column is not None and ("{" in text_column or "}" in text_column):
+        raise ConfigError(f"--text-column {text_column!r}: a name with braces cannot be used; rename the column")
     return template if template is not None else f"{{{text_column or 'text'}}}"
 
 

@@ -8,7 +8,6 @@ through unchanged.
 from __future__ import annotations
 
 import hashlib
-import string
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from flipkd.data.template import template_fields
+from flipkd.data.template import template_fields, template_parts
 from flipkd.errors import ColumnError
 
 DIGEST_BYTES = 16
@@ -50,7 +49,7 @@ def render_texts(table: pa.Table, template: str) -> Texts:
         columns[field], bad = as_text(table.column(field), field)
         invalid |= bad
     pieces: list[pa.Array | pa.Scalar] = []
-    for literal, name, _, _ in string.Formatter().parse(template):
+    for literal, name in template_parts(template):
         if literal:
             pieces.append(pa.scalar(literal, pa.large_string()))
         if name is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 import unicodedata
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flipkd.data.records import as_text, normalise, render_texts, text_digests
-from flipkd.data.template import template_fields
+from flipkd.data.template import template_fields, template_parts
 from flipkd.errors import ConfigError
 
 
@@ -40,12 +41,26 @@ def test_values_with_one_plain_form_can_stand_in_a_template() -> None:
         rendered("{x}", x=[[1]])
 
 
-@pytest.mark.parametrize(
-    "template", ["{a.b}", "{a[0]}", "{a!r}", "{a:>10}", "{}", "{0.__class__}", "no column", "{a", ""]
-)
-def test_a_template_reaches_nothing_but_columns(template: str) -> None:
+@pytest.mark.parametrize("template", ["{}", "no column", "{a", "a}", "{a} {", "{{a}}", "{a{b}}", ""])
+def test_a_template_that_says_nothing_is_refused(template: str) -> None:
     with pytest.raises(ConfigError, match="--template"):
         template_fields(template)
+
+
+@pytest.mark.parametrize("name", ["a.b", "a[0]", "a!r", "Name: full", "0.__class__", "a b", "ü"])
+def test_a_template_reaches_nothing_but_columns(name: str) -> None:
+    """Whatever a name looks like, it is the name of a column."""
+    assert rendered(f"<{{{name}}}>", **{name: ["x", None]}) == ["<x>", None]
+    assert template_fields(f"{{{name}}} {{{name}}} {{{{}}}}") == [name]
+
+
+@given(st.lists(st.sampled_from(["{a}", "{b_2}", "{{", "}}", "x", " | ", "ß"]), max_size=8).map("".join))
+def test_a_template_is_read_as_python_reads_it(template: str) -> None:
+    expected = [(text, name) for text, name, _, _ in string.Formatter().parse(template)]
+    found = template_parts(template)
+    assert "".join(f"{text}<{name}>" if name else text for text, name in found) == "".join(
+        f"{text}<{name}>" if name else text for text, name in expected
+    )
 
 
 def test_one_normal_form() -> None:

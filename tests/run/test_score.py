@@ -691,3 +691,16 @@ def test_an_id_with_an_invalid_text_and_with_none_is_two_records(world: World, t
     task = EncodeConfig(EncoderOptions(world.encoder), str(tmp_path / "records"), str(tmp_path / "store"))
     with pytest.raises(InputError, match="the same record id stands twice with different texts"):
         encode(task)
+
+
+def test_texts_of_a_column_whose_name_is_no_word(world: World, tmp_path: Path) -> None:
+    table = pa.table({"id": [1, 2], "customer.name": ["a cat", "rain"], "a{b}": ["x", "y"]})
+    pq.write_table(table, tmp_path / "records.parquet")
+    pq.write_table(pa.table({"left_id": [1], "right_id": [2]}), tmp_path / "pairs.parquet")
+    task = ScoreConfig(
+        str(tmp_path / "pairs.parquet"), str(tmp_path / "out"), encoder=EncoderOptions(world.encoder),
+        records=str(tmp_path / "records.parquet"), text_column="customer.name",
+    )  # fmt: skip
+    assert score(task)["reasons"] == {}
+    with pytest.raises(ConfigError, match=r"--text-column 'a\{b\}': a name with braces cannot be used"):
+        score(replace(task, text_column="a{b}"))
