@@ -70,12 +70,14 @@ def run_child(root: Path, name: str) -> dict[str, Any]:
 
 def child(root: Path, name: str) -> None:
     """What the fresh process does."""
-    from flipkd import ScoreConfig, score
+    from flipkd import RunOptions, ScoreConfig, score
 
     output = root / f"out-{name}"
     shutil.rmtree(output, ignore_errors=True)
     started = time.perf_counter()
-    manifest = score(ScoreConfig(pairs=str(root / name), output=str(output), store=str(root / "store")))
+    # Not one unit for each of many cores: the small run has ten units, and is to have as many in flight as the other.
+    run = RunOptions(workers=2)
+    manifest = score(ScoreConfig(pairs=str(root / name), output=str(output), store=str(root / "store"), run=run))
     seconds = time.perf_counter() - started
     print(json.dumps({"rows": manifest["rows_out"], "seconds": seconds, "peak_bytes": peak_bytes()}))
 

@@ -17,12 +17,16 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # workers share the cores; thread
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores)))
 os.environ.pop("TOKENIZERS_PARALLELISM", None)  # what a user's shell has: our code must not depend on it
 
+import hypothesis
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from flipkd.assets import icd9_descriptions, minilm_folder, smollm2_folder
 from tests.small_models import make_base
+
+hypothesis.settings.register_profile("flipkd", deadline=None)  # other work on the machine is no failure of a test
+hypothesis.settings.load_profile("flipkd")
 
 # Nodes on one machine choose their ports as they start, so that two clusters must not start at one time.
 STARTS_CLUSTERS = ("run/test_cluster.py", "run/test_metrics.py", "privacy/test_ray.py", "distill/test_cluster.py")

@@ -88,14 +88,18 @@ def _holder(lock: Location) -> str | None:
     Raises:
         OutputError: it cannot be looked at.
     """
-    try:
-        with lock.filesystem.open_input_stream(lock.path) as source:
-            found = json.loads(source.read())
-        return str(found["holder"]) if time.time() - float(found["time"]) < _HEARTBEAT_STALE_S else None
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
-    except OSError as error:
-        raise OutputError(f"cannot read {lock.uri}: {reason(error)}") from error
+    for _ in range(2):
+        try:
+            with lock.filesystem.open_input_stream(lock.path) as source:
+                found = json.loads(source.read())
+            return str(found["holder"]) if time.time() - float(found["time"]) < _HEARTBEAT_STALE_S else None
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError):  # its holder may be writing it, where that is no single step
+            time.sleep(_SETTLE_S)
+        except OSError as error:
+            raise OutputError(f"cannot read {lock.uri}: {reason(error)}") from error
+    return None
 
 
 @contextlib.contextmanager

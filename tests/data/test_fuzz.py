@@ -328,7 +328,7 @@ def small_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "store"
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     tables=pair_tables(),
     group=st.integers(1, 13),
@@ -386,7 +386,7 @@ def record_tables(draw: st.DrawFn) -> list[tuple[list[int], list[str | None], pa
     return tables
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(tables=record_tables(), group=st.integers(1, 9))
 def test_any_records_give_their_normal_texts(
     tmp_path: Path, tables: list[tuple[list[int], list[str | None], pa.Table]], group: int

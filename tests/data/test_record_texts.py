@@ -27,7 +27,7 @@ def expected(known: Sequence[Any], asked: Sequence[Any]) -> list[int]:
     return [places.get(one, -1) if one is not None else -1 for one in asked]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data(), kind=st.sampled_from(list(IDS)), cut=st.integers(0, 6))
 def test_look_up_is_that_of_a_dictionary(data: st.DataObject, kind: str, cut: int) -> None:
     arrow, one = IDS[kind]

@@ -185,7 +185,7 @@ def test_a_file_too_short_to_be_parquet_is_named(tmp_path: Path, size: int) -> N
         plan_units(location, find_shards(location), 100, "run")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     groups=st.lists(st.integers(0, 30), max_size=6),
     rows_per_unit=st.integers(1, 40),

@@ -55,7 +55,7 @@ text = st.integers(0, TEXTS - 1)
 pair = st.tuples(text, text).filter(lambda found: found[0] != found[1])
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     pairs=st.lists(pair, min_size=PAIRS, max_size=PAIRS),
     labels=st.lists(st.sampled_from([1.0, 0.0, NAN]), min_size=PAIRS, max_size=PAIRS),

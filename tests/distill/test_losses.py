@@ -135,7 +135,7 @@ def slow_mcl(batch: Batch) -> tuple[float, dict[str, int]]:
     return slow_log_one_plus_sum(exponents), counts
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(batches())
 def test_mcl_is_its_equation(batch: Batch) -> None:
     expected, expected_counts = slow_mcl(batch)
@@ -144,7 +144,7 @@ def test_mcl_is_its_equation(batch: Batch) -> None:
     assert {name: int(count) for name, count in result.counts.items()} == expected_counts
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(batches())
 def test_cosent_is_its_equation(batch: Batch) -> None:
     student, teacher, labels = tensors(batch)
@@ -155,7 +155,7 @@ def test_cosent_is_its_equation(batch: Batch) -> None:
         assert cosent_loss(student, target).item() == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(batches())
 def test_margin_mse_is_its_equation(batch: Batch) -> None:
     s, t, y = batch
@@ -173,7 +173,7 @@ def test_margin_mse_is_its_equation(batch: Batch) -> None:
         assert value.item() == pytest.approx(math.fsum(errors) / max(len(errors), 1), rel=1e-12, abs=1e-12)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(batches())
 def test_pairwise_and_list_wise_distillation_are_their_equations(batch: Batch) -> None:
     student, teacher, _ = tensors(batch)

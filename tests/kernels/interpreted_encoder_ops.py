@@ -32,7 +32,7 @@ def close(found: torch.Tensor, wanted: torch.Tensor, largest: float = 1.0) -> No
     torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance * largest)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     rows=st.integers(0, 9),
     width=st.integers(1, 70),
@@ -56,7 +56,7 @@ def test_add_norm(
     close(found_state, wanted_state)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     rows=st.integers(0, 9),
     width=st.sampled_from((1, 5, 64, 600)),
@@ -73,7 +73,7 @@ def test_activate(rows: int, width: int, dtype: torch.dtype, kind: str, gated: b
     close(gpu.activate(product, kind, gated).values, wanted, largest)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     lengths=st.lists(st.integers(1, 20), min_size=1, max_size=6),
     key_heads=st.integers(1, 3),

@@ -47,7 +47,7 @@ def on_gpu(
     return gpu.pair_score_tensors(*rows, *(torch.from_numpy(index) for index in indices), **options)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     dim=st.sampled_from((1, 3, 4, 12, 33, 64, 127, 128, 300)),
     runs=st.lists(st.tuples(st.integers(-1, ROWS - 1), st.integers(1, 12)), max_size=8),

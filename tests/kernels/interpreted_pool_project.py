@@ -60,7 +60,7 @@ def test_error_is_at_most_twice_that_of_pytorch(dtype: torch.dtype, width: int, 
         assert error_of(got.rows, truth) <= 2 * error_of(pytorch, truth) + torch.finfo(torch.float32).eps
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     lengths=st.lists(st.integers(0, 20), max_size=20),
     width=st.integers(1, 70),

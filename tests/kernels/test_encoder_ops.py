@@ -65,7 +65,7 @@ def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_library
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rows=st.integers(0, 9),
     width=st.integers(1, 9),
@@ -96,7 +96,7 @@ def test_add_norm(
 
 
 @needs_library
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rows=st.integers(1, 9),
     columns=st.integers(1, 9),
@@ -116,7 +116,7 @@ def test_activate(
 
 
 @needs_library
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     lengths=lengths_of_texts,
     key_heads=st.integers(1, 3),

@@ -41,7 +41,7 @@ def make(
     return query, key, value, starts
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     lengths=st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(any),
     key_heads=st.integers(1, 3),

@@ -28,7 +28,7 @@ def fresh_answer() -> Iterator[None]:
 
 
 @needs_packing
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(rows=rows_of_batches, inputs=sizes, outputs=sizes, seed=st.integers(0, 99))
 def test_int8_sums_are_exact(rows: int, inputs: int, outputs: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -41,7 +41,7 @@ def test_int8_sums_are_exact(rows: int, inputs: int, outputs: int, seed: int) ->
 
 
 @needs_packing
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(rows=rows_of_batches, inputs=sizes, outputs=sizes, biased=st.booleans(), seed=st.integers(0, 99))
 def test_bf16_is_off_by_its_rounding_alone(rows: int, inputs: int, outputs: int, biased: bool, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -69,7 +69,7 @@ def test_a_layer_gives_the_same_without_packed_weights(dtype: torch.dtype, monke
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(first=st.integers(0, 99), rows=rows_of_batches, inputs=sizes, outputs=sizes)
 def test_a_row_does_not_depend_on_those_beside_it(
     first: int, rows: int, inputs: int, outputs: int, dtype: torch.dtype

@@ -67,7 +67,7 @@ def test_error_is_at_most_twice_that_of_pytorch(way: str, dtype: str, dim: int) 
 
 
 @needs_library
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     dim=st.integers(1, 200),
     pairs=st.integers(0, 300),

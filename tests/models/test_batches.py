@@ -21,7 +21,7 @@ def chunks_of(rows: list[list[int]], chunk: int) -> Iterator[tuple[int, Tokenize
         yield start, TokenizedTexts.of_lists(part, [False] * len(part))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(lengths=LENGTHS, chunk=st.integers(1, 20), max_tokens=st.integers(1, 40))
 def test_batches_hold_every_text_once_without_padding(lengths: list[int], chunk: int, max_tokens: int) -> None:
     rows = [[place * 100 + offset for offset in range(length)] for place, length in enumerate(lengths)]
@@ -34,7 +34,7 @@ def test_batches_hold_every_text_once_without_padding(lengths: list[int], chunk:
     assert sorted(seen) == [place for place, length in enumerate(lengths) if length]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     lengths=LENGTHS,
     chunk=st.integers(1, 20),

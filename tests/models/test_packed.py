@@ -231,7 +231,7 @@ def test_full_attention_is_refused_where_there_are_windows(family: str, tmp_path
         new_student(StudentOptions(str(base), layer=2, dimension=8, rank=4, attention="full"))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     lengths=st.lists(st.integers(1, 9), min_size=1, max_size=8),
     skip=st.integers(0, 3),

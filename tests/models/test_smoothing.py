@@ -109,7 +109,7 @@ def test_an_embedding_of_a_token_in_no_text_may_be_anything(uneven: Path, ids: T
     assert cosine_similarity(exact, found).mean() > 0.99
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     shape=st.sampled_from([(4, 4), (4, 2), (6, 1)]),
     zero=st.sets(st.integers(0, 7)),

@@ -106,7 +106,7 @@ def test_forked_children_tokenise_and_encode(minilm_dir: Path, parallel: str | N
     assert run.stdout.strip() == "done"
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     texts=st.lists(st.lists(st.sampled_from(["fever", "of", "unknown", "origin", "12"]), max_size=9).map(" ".join)),
     max_length=st.integers(3, 12),

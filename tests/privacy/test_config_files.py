@@ -97,7 +97,7 @@ def test_plain_files_are_read(tmp_path: Path) -> None:
     assert read_config_file(tmp_path / "empty.yml") == {}
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     text=st.text(st.sampled_from("ab:&*!<>{}[]-?|#'\"%@`\n\t ,0.e~\\u"), max_size=60),
     suffix=st.sampled_from(["yaml", "toml"]),

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from flipkd.data.calibration import Knots, Sigmoid, probabilities
@@ -24,7 +24,6 @@ ROWS = st.lists(
 ).filter(lambda rows: all(sum(weight for _, label, weight in rows if label == kind) > 0.1 for kind in (True, False)))
 
 
-@settings(deadline=None)
 @given(ROWS)
 def test_a_calibration_never_falls_and_stays_in_range(rows: list[tuple[float, bool, float]]) -> None:
     score, label, weight = (np.array(values) for values in zip(*rows, strict=True))

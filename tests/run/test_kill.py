@@ -44,11 +44,12 @@ def contents(folder: Path) -> dict[str, str]:
     return found
 
 
-def command(world: World, pairs: Path, output: Path, *options: str) -> list[str]:
+def command(world: World, pairs: Path, output: Path, *options: str, delay_s: float = 0.0) -> list[str]:
+    """``delay_s`` before each unit, so that what is to happen midway does."""
     stores = ["--store", world.left_store, "--right-store", world.right_store]
     return [
-        sys.executable, "-m", "flipkd.cli", "score", "--pairs", str(pairs), "--output", str(output), *stores,
-        "--rows-per-unit", "1", "--no-progress", *options,
+        sys.executable, "-m", "tests.run.faults", str(delay_s), "", "score", "--pairs", str(pairs), "--output", str(output),
+        *stores, "--rows-per-unit", "1", "--no-progress", *options,
     ]  # fmt: skip
 
 
@@ -67,7 +68,7 @@ def test_a_killed_driver_is_taken_up_again_to_the_same_bytes(
     score(config(world, pairs, tmp_path / "undisturbed"))
     expected = contents(tmp_path / "undisturbed")
     output = tmp_path / "out"
-    process = subprocess.Popen(command(world, pairs, output))
+    process = subprocess.Popen(command(world, pairs, output, "--workers", "2", delay_s=0.01))
     try:
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and process.poll() is None:
@@ -112,10 +113,11 @@ def test_the_lock_of_an_object_store_is_refused_while_it_beats() -> None:
 
 def test_of_two_jobs_that_start_together_on_an_object_store_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     folder, both = open_location("memory://flipkd-lock/together"), threading.Barrier(2)
-    looked, held = lock._holder, []
+    looked, held, one_reader = lock._holder, [], threading.Lock()
 
     def look(target: Location) -> str | None:
-        found = looked(target)
+        with one_reader:  # fsspec gives all readers of a file in memory one position
+            found = looked(target)
         if not held and both.n_waiting < 2 and not both.broken:
             with contextlib.suppress(threading.BrokenBarrierError):
                 both.wait(0.2)
@@ -168,10 +170,16 @@ def test_a_lock_is_renewed_after_a_look_that_failed(monkeypatch: pytest.MonkeyPa
         wait_s = time.monotonic() + 20
         while not failed and time.monotonic() < wait_s:
             time.sleep(0.01)
-        before = json.loads(fsspec.filesystem("memory").cat(path))["time"]
-        while json.loads(fsspec.filesystem("memory").cat(path))["time"] == before and time.monotonic() < wait_s:
+
+        def renewed() -> float:
+            while not (text := fsspec.filesystem("memory").cat(path)):  # it is just being written
+                time.sleep(0.001)
+            return float(json.loads(text)["time"])
+
+        before = renewed()
+        while renewed() == before and time.monotonic() < wait_s:
             time.sleep(0.01)
-        assert json.loads(fsspec.filesystem("memory").cat(path))["time"] > before
+        assert renewed() > before
 
 
 @pytest.fixture
@@ -252,3 +260,17 @@ def test_resume_of_a_large_job_starts_within_seconds(
     assert manifest["rows_in"] == 100_000
     assert min(first) < 10
     assert os.path.getsize(tmp_path / "out/.flipkd/plan.json") < 2000  # state does not grow with rows
+
+
+def test_a_lock_that_is_just_being_written_is_not_free() -> None:
+    """On a filesystem with real files (sftp) the holder's object is empty for a moment."""
+    folder, memory = open_location("memory://flipkd-lock/written"), fsspec.filesystem("memory")
+    with locked(folder):
+        (path,) = memory.find("/flipkd-lock/written")
+        text = memory.cat(path)
+        memory.pipe(path, b"")
+        writer = threading.Timer(0.1, memory.pipe, (path, text))
+        writer.start()
+        with pytest.raises(OutputInUseError), locked(folder):
+            pass
+        writer.join()

@@ -32,7 +32,9 @@ Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 # Writes the file as fast as it can: a kill then falls into a write, or just beside one.
 BUSY_WRITER = (
     "import sys; from flipkd.run import metrics_file, observe; observe._TICK_S = 0.001;"
-    "metrics_file.MetricsFile.interval_s = 0.0; from flipkd.cli import main; main(sys.argv[1:])"
+    "metrics_file.MetricsFile.interval_s = 0.0; from functools import partial; from flipkd.run import plan_score;"
+    "from tests.run import faults; plan_score.ScoreWorker = partial(faults.FaultyWorker, 0.01, '');"
+    "from flipkd.cli import main; main(sys.argv[1:])"
 )
 
 
@@ -131,7 +133,7 @@ def test_the_file_is_whole_whenever_the_job_is_killed(world: World, make_pairs: 
     run = [
         sys.executable, "-c", BUSY_WRITER, "score", "--pairs", str(pairs), "--output", str(output), "--store",
         world.left_store, "--right-store", world.right_store, "--rows-per-unit", "1", "--no-progress", "--metrics-file",
-        str(path),
+        str(path), "--workers", "2",
     ]  # fmt: skip
     read, looks = 0.0, 0
     for share in (0.2, 0.5, 0.8):

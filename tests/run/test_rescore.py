@@ -132,7 +132,7 @@ def test_a_budget_is_met_exactly_by_the_most_uncertain_first_ones(
     assert np.flatnonzero(~np.isnan(asked)).tolist() == sorted(order[:wanted].tolist())
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     values=st.lists(st.one_of(st.none(), st.floats(0, 1, width=32), st.sampled_from([0.25, 0.75])), max_size=40),
     wanted=st.integers(0, 45),

@@ -81,7 +81,7 @@ class TestPutAndLookUp:
         put(cache, range(5, 40))
         check(open_cache(tmp_path, "encoder", dtype), range(40), range(100, 120))
 
-    @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(
         puts=st.lists(st.lists(st.integers(0, 30), max_size=12), max_size=6),
         asked=st.lists(st.integers(0, 40), max_size=30),

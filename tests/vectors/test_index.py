@@ -66,9 +66,7 @@ def rows_of(values: list[Any]) -> tuple[dict[Any, int], list[list[int]]]:
     return rows, duplicates
 
 
-fresh = settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
+fresh = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 @st.composite

@@ -18,7 +18,7 @@ def unit_rows(rows: int, dim: int, seed: int = 0) -> NDArray[np.float32]:
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.floats(-1, 1, width=32), min_size=1, max_size=40))
 def test_bf16_rounds_as_pytorch_does(numbers: list[float]) -> None:
     row = np.array([numbers], np.float32)
@@ -28,7 +28,7 @@ def test_bf16_rounds_as_pytorch_does(numbers: list[float]) -> None:
     np.testing.assert_array_equal(dequantise(got), want.float().numpy())
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.lists(st.floats(-1, 1, width=32), min_size=1, max_size=40).filter(any),
     st.sampled_from([1.0, 1e-3, 1e-30, 1e-40]),
