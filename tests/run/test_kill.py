@@ -48,8 +48,8 @@ def command(world: World, pairs: Path, output: Path, *options: str, delay_s: flo
     """``delay_s`` before each unit, so that what is to happen midway does."""
     stores = ["--store", world.left_store, "--right-store", world.right_store]
     return [
-        sys.executable, "-m", "tests.run.faults", str(delay_s), "", "score", "--pairs", str(pairs), "--output", str(output),
-        *stores, "--rows-per-unit", "1", "--no-progress", *options,
+        sys.executable, "-m", "tests.run.faults", str(delay_s), "", "score", "--pairs", str(pairs), *stores,
+        "--output", str(output), "--rows-per-unit", "1", "--no-progress", *options,
     ]  # fmt: skip
 
 
