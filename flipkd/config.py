@@ -64,6 +64,8 @@ class RunOptions:
         for name in ("max_retries", "max_failed_units", "min_workers"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"--{name.replace('_', '-')} must not be negative")
+        if self.workers is not None and self.min_workers > self.workers:
+            raise ConfigError(f"--min-workers {self.min_workers} is more than --workers {self.workers}")
         if self.gpus is not None and not 0 <= self.gpus < float("inf"):
             raise ConfigError(f"--gpus must be a number of at least 0, not {self.gpus}")
         for name in ("stall_timeout_s", "start_timeout_s"):

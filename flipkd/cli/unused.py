@@ -9,6 +9,7 @@ from flipkd.errors import ConfigError
 from flipkd.run.rescore_config import RescoreConfig
 
 _OF_RECORDS = ("id_column", "text_column", "template")
+_OF_RIGHT_RECORDS = ("right_id_column", "right_text_column", "right_template")
 _OF_IDS = ("left_column", "right_column")
 _OF_TEXTS = ("left_text", "right_text")
 
@@ -23,6 +24,7 @@ def refuse_unused(config: ScoreConfig | TeachConfig | RescoreConfig) -> None:
     has_ids = config.records is not None or store is not None
     if config.records is None:
         _refuse(config, _OF_RECORDS, "says how --records are read, and there are none")
+        _refuse(config, _OF_RIGHT_RECORDS, "says how --right-records are read, and there are none")
     if not has_ids:
         _refuse(config, _OF_IDS, "names ids, and without --records the pairs hold the texts themselves")
     elif not isinstance(config, TeachConfig):  # which names the texts that it adds so
@@ -34,12 +36,12 @@ def refuse_unused(config: ScoreConfig | TeachConfig | RescoreConfig) -> None:
 
 
 def refuse_encoder_options(encoder: EncoderOptions) -> None:
-    """Refuses what changes vectors where there is no encoder.
+    """Refuses what is for an encoder where there is none.
 
     Raises:
         ConfigError: names the option.
     """
-    _refuse(encoder, ("dtype", "max_length"), "needs --encoder")
+    _refuse(encoder, ("dtype", "device", "max_length", "max_tokens", "trust_remote_code"), "needs --encoder")
 
 
 def _refuse(

@@ -127,8 +127,7 @@ def run_cluster(
     resources = ray.cluster_resources()
     gpus = run.gpus if run.gpus is not None else float(uses_model and resources.get("GPU", 0) >= 1)
     fits = resources.get("GPU", 0) / gpus if gpus else resources.get("CPU", 0) / threads
-    largest = max(1, min(run.workers or int(fits), len(units)))
-    smallest = max(1, min(run.min_workers, largest))
+    smallest, largest = pool_size(run, int(fits), len(units))
 
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
@@ -164,6 +163,18 @@ def run_cluster(
             raise
     remove_folder(output.child(TRIES))
     remove_temporary(output)  # of workers that were killed
+
+
+def pool_size(run: RunOptions, room: int, units: int) -> tuple[int, int]:
+    """How many workers must start, and how many there may be.
+
+    Args:
+        run: what was asked for.
+        room: workers for which the cluster has room now; one that grows by itself may have more later.
+        units: of the job; a worker more would have nothing to do.
+    """
+    largest = max(1, min(run.workers or max(room, run.min_workers), units))
+    return max(1, min(run.min_workers, largest)), largest
 
 
 @contextlib.contextmanager

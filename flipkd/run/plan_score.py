@@ -287,7 +287,8 @@ def _check_pairs(
             as_text(pa.array([], reader.column_type(column)), column)
         else:
             check_ids_fit(reader.column_type(column), column, id_kinds[place])
-    passed = [name for name in output_columns(task, reader.schema.names) if name not in SCORE_COLUMNS]
+    folders = [key for key, _ in shard.partitions]
+    passed = [name for name in output_columns(task, reader.schema.names, folders) if name not in SCORE_COLUMNS]
     reader.check_columns(passed, f"--columns also knows {', '.join(SCORE_COLUMNS)}")
     schemas[shard.name] = reader.schema
 

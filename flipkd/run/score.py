@@ -64,8 +64,13 @@ class ScoreTask:
     basis: str = ""
 
 
-def output_columns(task: ScoreTask, input_names: Sequence[str]) -> list[str]:
+def output_columns(task: ScoreTask, input_names: Sequence[str], folder_names: Sequence[str] = ()) -> list[str]:
     """Names of the output's columns, in order.
+
+    Args:
+        task: of the job.
+        input_names: columns of the file.
+        folder_names: keys of its folders, as in ``year=2026``, which the output keeps.
 
     Raises:
         ConfigError: a score column is asked for that the options do not give, or an input column has the name of
@@ -77,6 +82,9 @@ def output_columns(task: ScoreTask, input_names: Sequence[str]) -> list[str]:
     if task.threshold is not None:
         made.append("match")
     made += ["reason", "truncated"]
+    clash = [name for name in folder_names if name in made and (task.columns is None or name in task.columns)]
+    if clash:
+        raise ColumnError(f"a folder of the pairs, {clash[0]}=..., has the name of a column of the output; rename it")
     if task.columns is None:
         clash = [name for name in SCORE_COLUMNS if name in input_names]
         if clash:

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from flipkd.config import EncoderOptions, ScoreConfig
+from flipkd.config import EncoderOptions, RunOptions, ScoreConfig
 from flipkd.run.pipeline import score
 from tests.run.conftest import RECORDS, World, record_id
 from tests.run.faults import QUOTED
@@ -192,3 +192,23 @@ def test_record_ids_of_the_world_are_what_the_pairs_name(world: World) -> None:
     table = pq.read_table(world.left)
     assert sorted(table.column("id").to_pylist()) == [record_id(row) for row in range(RECORDS)]
     assert np.allclose(np.linalg.norm(world.vectors[0], axis=1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "room", "units", "size"),
+    [
+        ({}, 4, 100, (1, 4)),
+        ({}, 0, 100, (1, 1)),
+        ({"workers": 64}, 4, 100, (1, 64)),
+        ({"min_workers": 8}, 2, 100, (8, 8)),  # a cluster that has yet to grow
+        ({"min_workers": 8, "workers": 64}, 2, 100, (8, 64)),
+        ({"min_workers": 8, "workers": 64}, 2, 5, (5, 5)),
+    ],
+    ids=str,
+)
+def test_workers_that_must_start_and_may_start(
+    options: dict[str, int], room: int, units: int, size: tuple[int, int]
+) -> None:
+    from flipkd.run.cluster import pool_size
+
+    assert pool_size(RunOptions(**options), room, units) == size

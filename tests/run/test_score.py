@@ -704,3 +704,18 @@ def test_texts_of_a_column_whose_name_is_no_word(world: World, tmp_path: Path) -
     assert score(task)["reasons"] == {}
     with pytest.raises(ConfigError, match=r"--text-column 'a\{b\}': a name with braces cannot be used"):
         score(replace(task, text_column="a{b}"))
+
+
+def test_a_folder_with_the_name_of_a_score_column_is_refused(
+    world: World, make_pairs: MakePairs, tmp_path: Path
+) -> None:
+    """The output keeps the folders of its input: no reader could tell which `score` is meant."""
+    pairs = make_pairs(files=1)
+    (pairs / "score=1").mkdir()
+    (pairs / "part-000.parquet").rename(pairs / "score=1/a.parquet")
+    with pytest.raises(ConfigError, match=r"a\.parquet of .*: a folder of the pairs, score=\.\.\., has the name"):
+        score(config(world, pairs, tmp_path / "out"))
+    (pairs / "score=1").rename(pairs / "match=1")
+    assert score(config(world, pairs, tmp_path / "out"))["complete"]
+    with pytest.raises(ConfigError, match=r"match=.*has the name of a column"):
+        score(config(world, pairs, tmp_path / "other", threshold=0.5))
