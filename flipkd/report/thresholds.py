@@ -46,13 +46,15 @@ class ThresholdChoice:
         return _lower(self.curve.precision, self._found_size, CONFIDENCE)
 
     def for_precision(self, wanted: float) -> dict[str, Any]:
-        """``estimate``: of the thresholds whose precision is at least this, the one with most recall. ``cautious``: the
-        same for the lower bound. None where there is none."""
+        """``estimate``: of the thresholds whose precision is at least this, the one with most recall, and of several
+        the strictest. ``cautious``: the same for the lower bound. None where there is none."""
         reached = {"estimate": self.curve.precision, "cautious": self.least_precision()}
         found: dict[str, Any] = {}
         for name, values in reached.items():
             places = np.flatnonzero((values >= wanted - 1e-12) & (self.curve.true_positives > 0))
-            found[name] = None if not len(places) else self.row(int(places[-1]))
+            # The first of those with most matches: what follows it adds pairs that do not match, and nothing else.
+            best = np.argmax(self.curve.true_positives[places]) if len(places) else None
+            found[name] = None if best is None else self.row(int(places[best]))
         return found
 
     def for_cost_ratio(self, ratio: float) -> dict[str, Any]:

@@ -125,6 +125,31 @@ def test_threshold_for_a_precision() -> None:
     assert choice.for_precision(1.0)["estimate"]["true_matches"] == 40
 
 
+def test_no_threshold_for_a_precision_adds_false_matches_alone() -> None:
+    # All 95 matches stand above 105 others: 0.9 is reached down to the 105th pair, and so is the bound a little higher.
+    score, label = np.linspace(1, 0, 200).astype(np.float32), [1] * 95 + [0] * 105
+    for found in ThresholdChoice(score, labelled(score, label)).for_precision(0.9).values():
+        assert (found["true_matches"], found["false_matches"], found["recall"]) == (95, 0, 1)
+
+
+@given(
+    st.lists(FOUR, min_size=2, max_size=30).filter(lambda rows: len({row[1] for row in rows}) == 2),
+    st.sampled_from([0.3, 0.5, 0.8, 1.0]),
+)
+def test_the_threshold_for_a_precision_has_most_recall_and_then_most_precision(
+    rows: list[tuple[int, bool, int]], wanted: float
+) -> None:
+    score, label, weight = (np.array(values) for values in zip(*rows, strict=True))
+    choice = ThresholdChoice(score, labelled(score, label, weight))
+    reached = {"estimate": choice.curve.precision, "cautious": choice.least_precision()}
+    for name, found in choice.for_precision(wanted).items():
+        good = (reached[name] >= wanted - 1e-12) & (choice.curve.true_positives > 0)
+        assert (found is None) == (not good.any())
+        if found is not None:
+            best = max(zip(choice.curve.recall[good], choice.curve.precision[good], strict=True))
+            assert (found["recall"], found["precision"]) == best
+
+
 def test_the_lower_bound_holds_in_95_of_100_cases() -> None:
     above = 0
     for seed in range(400):
