@@ -5,7 +5,8 @@ Two forms, told apart by their keys; other keys say where the file is from::
     {"slope": a, "intercept": b}                probability = 1 / (1 + exp(-(a * score + b)))          (Platt)
     {"scores": [...], "probabilities": [...]}   straight lines between these points, flat outside them (isotonic)
 
-With ``encoder_fingerprint`` the file holds for scores of that encoder alone.
+With ``encoder_fingerprint`` the file holds for scores of that encoder alone. ``score_column`` says what was evaluated:
+a curve of another column than ``score`` would give wrong probabilities, and no encoder's fingerprint tells.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy.typing as npt
 from flipkd.data.json_files import parse_object, read_option_file
 from flipkd.errors import ConfigError
 
+SCORE_COLUMN = "score_column"  # key of the file: the column that the curve was fitted to
 # Slope and intercept are float32 in the kernel; far inside its range, so that neither can become infinite there.
 _LARGEST = 1e30
 
@@ -79,10 +81,10 @@ def as_json(calibration: Calibration) -> dict[str, Any]:
 
 
 def read_calibration(path: str) -> CalibrationFile:
-    """Reads a calibration file.
+    """Reads a calibration file, to be applied to scores.
 
     Raises:
-        ConfigError: it cannot be read, or holds neither form.
+        ConfigError: it cannot be read, holds neither form, or was fitted to another column than ``score``.
     """
     data = read_option_file("--calibration", path)
     try:
@@ -94,6 +96,10 @@ def read_calibration(path: str) -> CalibrationFile:
             f"--calibration {path}: expected a JSON object with numbers 'slope' and 'intercept', or with lists "
             "'scores' and 'probabilities'; flipkd-batch evaluate writes one"
         ) from None
+    if values.get(SCORE_COLUMN, "score") != "score":  # before there was such a key, nothing told
+        raise ConfigError(
+            f"--calibration {path} was fitted to another column than score; run evaluate with --score-column score"
+        )
     return CalibrationFile(calibration, None if encoder is None else str(encoder))
 
 

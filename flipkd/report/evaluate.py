@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from flipkd.data.calibration import as_json, probabilities
+from flipkd.data.calibration import SCORE_COLUMN, as_json, probabilities
 from flipkd.data.commit import make_private_folder, read_json, writing
 from flipkd.data.find import Shard, find_shards
 from flipkd.data.folders import check_replaceable, is_whole, publish_folder, remove_unpublished
@@ -184,6 +184,7 @@ def _calibration_facts(
         "format": 1,
         "method": fitted.method,
         **as_json(fitted.calibration),
+        SCORE_COLUMN: config.score_column,
         "encoder_fingerprint": manifest.get("encoder_fingerprint") if config.score_column == "score" else None,
         "fitted_pairs": len(pairs),
         "fitted_matches": int(np.count_nonzero(pairs.label)),

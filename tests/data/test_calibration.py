@@ -40,6 +40,17 @@ def test_hand_made_values() -> None:
     assert kernel_arguments(curve) is kernel_arguments(None) is None
 
 
+@pytest.mark.parametrize("column", ["probability", "llm_probability", "", None, 1])
+@pytest.mark.parametrize("curve", [Sigmoid(8.0, -4.0), Knots((0.1, 0.5), (0.25, 1.0))])
+def test_a_curve_of_another_column_is_refused_and_the_way_out_named(
+    tmp_path: Path, curve: Sigmoid | Knots, column: object
+) -> None:
+    values = {"encoder_fingerprint": None, **as_json(curve)}
+    assert read_calibration(written(tmp_path, values | {"score_column": "score"})).calibration == curve
+    with pytest.raises(ConfigError, match=r"calibration\.json was fitted to another column than score; run"):
+        read_calibration(written(tmp_path, values | {"score_column": column}))
+
+
 @pytest.mark.parametrize(
     "values",
     [

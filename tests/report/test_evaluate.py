@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
@@ -92,6 +93,17 @@ def test_the_command_writes_a_report(make_scores: MakeScores, tmp_path: Path) ->
     code, out, _ = run(*options, "--precision", "0.8", "--cost-ratio", "5", "--json")
     assert code == 0
     assert json.loads(out) == facts
+
+
+def test_a_calibration_of_probabilities_is_none_of_scores(make_scores: MakeScores, tmp_path: Path) -> None:
+    table = score_table()
+    halves = pc.multiply(pc.add(table.column("score"), 1), 0.5)
+    scores = make_scores(table.append_column("probability", halves))
+    for column in ("score", "probability"):
+        evaluated(scores, tmp_path / column, score_column=column)
+    read_calibration(str(tmp_path / "score/calibration.json"))
+    with pytest.raises(ConfigError, match="was fitted to another column than score"):
+        read_calibration(str(tmp_path / "probability/calibration.json"))
 
 
 def test_the_report_is_one_well_formed_file_without_scripts(make_scores: MakeScores, tmp_path: Path) -> None:
