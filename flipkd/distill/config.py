@@ -86,7 +86,8 @@ class TrainConfig:
         validation: pairs to validate on, in the form of ``pairs``; None holds some of ``pairs`` out.
         validation_fraction: of left texts that are held out where ``validation`` is None; 0 for none.
         unlabelled: more pairs for L_dist, in the form of ``pairs``, without labels (any are ignored): a teacher scores
-            any pair for nothing. InfoNCE takes their texts for other texts of the batch.
+            any pair for nothing. InfoNCE takes their texts for other texts of the batch. Those to validate on are left
+            out.
         unlabelled_batch_pairs: of them in one batch, beside ``batch_pairs``.
         left_text, right_text: the text columns; None for what ``teach`` recorded, else ``left_text``/``right_text``.
         label_column: None takes ``label`` if there is such a column, and trains from teacher scores alone if not.

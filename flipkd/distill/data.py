@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -80,6 +80,13 @@ class TrainingPairs:
             self.fingerprint,
             used,
         )
+
+    def is_among(self, others: TrainingPairs) -> npt.NDArray[np.bool_]:
+        """[P] whether ``others`` hold the pair, with its two texts in either order."""
+        places = {text: place for place, text in enumerate(others.texts)}
+        own = np.array([places.get(text, -1) for text in self.texts], np.int64)
+        names = _unordered(own[self.left], own[self.right], len(places))
+        return np.isin(names, _unordered(others.left, others.right, len(places)))
 
 
 def read_training_pairs(
@@ -156,7 +163,8 @@ def read_training_pairs(
 def hold_out(pairs: TrainingPairs, fraction: float, seed: int) -> tuple[TrainingPairs, TrainingPairs | None]:
     """Training and validation pairs: pairs of one left text go to one side. None for the second where it is empty.
 
-    A right text may stand on both sides; for a split by groups of your own give validation pairs of their own.
+    A right text may stand on both sides; for a split by groups of your own give validation pairs of their own. Of a
+    pair that stands in both orders, with its left texts on both sides, the one to train on is left out.
     """
     lefts = np.unique(pairs.left)
     count = round(fraction * len(lefts))
@@ -164,7 +172,21 @@ def hold_out(pairs: TrainingPairs, fraction: float, seed: int) -> tuple[Training
         return pairs, None
     held = np.random.default_rng([seed, 1]).choice(lefts, count, replace=False)
     is_held = np.isin(pairs.left, held)
-    return pairs.subset(np.flatnonzero(~is_held)), pairs.subset(np.flatnonzero(is_held))
+    names = _unordered(pairs.left, pairs.right, len(pairs.texts))
+    is_swapped = ~is_held & np.isin(names, names[is_held])
+    if is_swapped.any():
+        swapped = int(np.count_nonzero(is_swapped))
+        logger.warning("pairs left out of training, since they are held out in the other order: %d", swapped)
+        if np.all(is_held | is_swapped):
+            return pairs, None
+        # A run that trained on them is another one.
+        pairs = replace(pairs, fingerprint=fingerprint({"pairs": pairs.fingerprint, "swapped": swapped}))
+    return pairs.subset(np.flatnonzero(~is_held & ~is_swapped)), pairs.subset(np.flatnonzero(is_held))
+
+
+def _unordered(left: npt.NDArray[np.int64], right: npt.NDArray[np.int64], texts: int) -> npt.NDArray[np.int64]:
+    """[P] a number for each pair of two places of ``texts`` texts, whatever their order; negative where one is -1."""
+    return np.minimum(left, right) * texts + np.maximum(left, right)
 
 
 class BatchOrder:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -10,6 +11,9 @@ from flipkd.data.teacher_scores import of_one_teacher
 from flipkd.distill.config import TrainConfig
 from flipkd.distill.data import TrainingPairs, hold_out, read_training_pairs
 from flipkd.errors import ConfigError, InputError
+from flipkd.run.units import fingerprint
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -18,7 +22,7 @@ class TrainingData:
 
     Args:
         pairs: with labels, teacher scores, or both.
-        unlabelled: with teacher scores, beside them in every batch; None for none.
+        unlabelled: with teacher scores, beside them in every batch, without those of ``validation``; None for none.
         validation: held out; None for none.
     """
 
@@ -35,14 +39,37 @@ def read_training_data(config: TrainConfig) -> TrainingData:
     """
     texts = (config.left_text, config.right_text)
     pairs = read_training_pairs(config.pairs, *texts, config.label_column)
-    unlabelled = None
+    unlabelled: TrainingPairs | None = None
+    validation: TrainingPairs | None
     if config.unlabelled is not None:
         unlabelled = read_training_pairs(config.unlabelled, *texts, ignores_labels=True)
     if config.validation is not None:
         validation = read_training_pairs(config.validation, *texts, config.label_column)
-        return TrainingData(pairs, unlabelled, validation)
-    pairs, held_out = hold_out(pairs, config.validation_fraction, config.seed)
-    return TrainingData(pairs, unlabelled, held_out)
+        known = int(np.count_nonzero(validation.is_among(pairs)))
+        if known:
+            logger.warning(
+                "--validation: %d of %d pairs stand in --pairs too, so the student is validated on what it has learned",
+                known,
+                len(validation),
+            )
+    else:
+        pairs, validation = hold_out(pairs, config.validation_fraction, config.seed)
+    if unlabelled is not None and validation is not None:
+        unlabelled = _without(unlabelled, validation)
+    return TrainingData(pairs, unlabelled, validation)
+
+
+def _without(unlabelled: TrainingPairs, validation: TrainingPairs) -> TrainingPairs | None:
+    """The unlabelled pairs that are not validated on: a night's candidates hold the labelled pairs too."""
+    is_held = unlabelled.is_among(validation)
+    if not is_held.any():
+        return unlabelled
+    logger.warning("--unlabelled: pairs left out, since they are validated on: %d", np.count_nonzero(is_held))
+    if is_held.all():
+        return None
+    # A run that trained on them is another one.
+    own = fingerprint({"pairs": unlabelled.fingerprint, "without": int(np.count_nonzero(is_held))})
+    return replace(unlabelled.subset(np.flatnonzero(~is_held)), fingerprint=own)
 
 
 def with_unlabelled(pairs: TrainingPairs, more: TrainingPairs) -> TrainingPairs:

@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from flipkd.distill.data import BatchOrder, hold_out, read_training_pairs
+from flipkd.distill.data import BatchOrder, TrainingPairs, hold_out, read_training_pairs
 from flipkd.errors import ConfigError, InputError
 
 WriteParquet = Callable[..., Path]
@@ -129,3 +131,45 @@ def test_held_out_pairs_share_no_left_text(pairs_dir: Path) -> None:
     lefts = [{part.texts[place] for place in part.left} for part in (train, held)]
     assert not lefts[0] & lefts[1]
     assert hold_out(pairs, 0.0, seed=0)[1] is None
+
+
+PLACES = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=40)
+
+
+def over_letters(places: list[tuple[int, int]], letters: str) -> TrainingPairs:
+    left, right = np.array(places, np.int64).T
+    return TrainingPairs(list(letters), left, right, None, np.arange(len(places), dtype=np.float32), None)
+
+
+def unordered(pairs: TrainingPairs) -> list[frozenset[str]]:
+    return [
+        frozenset((pairs.texts[left], pairs.texts[right])) for left, right in zip(pairs.left, pairs.right, strict=True)
+    ]
+
+
+@given(PLACES, PLACES)
+def test_a_pair_is_known_in_either_order(one: list[tuple[int, int]], other: list[tuple[int, int]]) -> None:
+    pairs, others = over_letters(one, "abcdefghij"), over_letters(other, "fghijklmno")
+    assert pairs.is_among(others).tolist() == [pair in set(unordered(others)) for pair in unordered(pairs)]
+
+
+@given(PLACES, st.floats(0, 0.9), st.integers(0, 5))
+def test_no_pair_is_learned_and_held_out_in_the_other_order(
+    places: list[tuple[int, int]], fraction: float, seed: int
+) -> None:
+    pairs = over_letters(places, "abcdefghij")
+    train, held = hold_out(pairs, fraction, seed)
+    if held is None:
+        assert train is pairs
+        return
+    assert train.teacher is not None
+    assert held.teacher is not None
+    rows = {name: set(part.teacher.astype(int).tolist()) for name, part in (("train", train), ("held", held))}
+    missing = set(range(len(places))) - rows["train"] - rows["held"]
+    assert len(train)
+    assert not rows["train"] & rows["held"]
+    assert not set(unordered(train)) & set(unordered(held))
+    assert not {train.texts[place] for place in train.left} & {held.texts[place] for place in held.left}
+    # No more than those is left out, and a run without any is the one that it was.
+    assert {unordered(pairs)[row] for row in missing} <= set(unordered(held))
+    assert (train.fingerprint == held.fingerprint == pairs.fingerprint) == (not missing)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +17,7 @@ from flipkd.config import EncoderOptions, TeachConfig
 from flipkd.data.teacher_scores import TeacherFacts
 from flipkd.distill.config import LossOptions, TrainConfig
 from flipkd.distill.data import TrainingPairs, read_training_pairs
+from flipkd.distill.facts import run_facts
 from flipkd.distill.train import train
 from flipkd.distill.training_data import read_training_data, with_unlabelled
 from flipkd.errors import ConfigError, InputError
@@ -142,3 +145,69 @@ def test_unlabelled_pairs_need_scores_of_the_same_teacher(
     pq.write_table(pq.read_table(unlabelled).drop_columns("teacher_score"), unlabelled)
     with pytest.raises(ConfigError, match="teach"):
         train(make_config(unlabelled=str(unlabelled)))
+
+
+def candidates(pairs_dir: Path, target: Path, swapped: bool) -> str:
+    """A night's candidates: all labelled pairs are among them, and twenty others."""
+    table = pq.read_table(pairs_dir)
+    left, right = (table[name].to_pylist() for name in ("left_text", "right_text"))
+    others = [f"other {row}" for row in range(20)]
+    sides = ([*left, *others], [*right, *others[::-1]])
+    columns = dict(zip(("left_text", "right_text"), sides[::-1] if swapped else sides, strict=True))
+    scores = np.linspace(0, 1, len(left) + 20, dtype=np.float32)
+    pq.write_table(pa.table({**columns, "teacher_score": scores}), target)
+    return str(target)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("by_file", [False, True])
+def test_what_is_validated_on_is_not_learned_from_unlabelled_pairs(
+    make_config: MakeConfig,
+    pairs_dir: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    swapped: bool,
+    by_file: bool,
+) -> None:
+    options: dict[str, Any] = {"unlabelled": candidates(pairs_dir, tmp_path / "candidates.parquet", swapped)}
+    if by_file:
+        options |= {"pairs": str(pairs_dir / "part-0.parquet"), "validation": str(pairs_dir / "part-1.parquet")}
+    with caplog.at_level(logging.WARNING):
+        data = read_training_data(make_config(**options))
+    assert data.validation is not None
+    assert data.unlabelled is not None
+    assert len(data.validation)
+    assert not data.unlabelled.is_among(data.validation).any()
+    found = read_training_pairs(options["unlabelled"], ignores_labels=True)
+    left_out = int(np.count_nonzero(found.is_among(data.validation)))
+    assert len(data.unlabelled) == len(found) - left_out > 20
+    assert f"--unlabelled: pairs left out, since they are validated on: {left_out}" in caplog.text
+    assert data.unlabelled.fingerprint != found.fingerprint
+
+
+def test_a_run_of_which_nothing_is_left_out_is_the_same_run(make_config: MakeConfig, unlabelled: Path) -> None:
+    """The one that it was before anybody looked; and the same options give the same one again."""
+    config = make_config(unlabelled=str(unlabelled), validation_fraction=0)
+    data = read_training_data(config)
+    assert data.unlabelled is not None
+    assert data.unlabelled.fingerprint == read_training_pairs(str(unlabelled), ignores_labels=True).fingerprint
+    assert data.pairs.fingerprint == read_training_pairs(config.pairs).fingerprint
+    assert run_facts(config, data) == run_facts(config, read_training_data(config))
+
+
+def test_unlabelled_pairs_that_are_all_validated_on_are_none(make_config: MakeConfig, pairs_dir: Path) -> None:
+    held = str(pairs_dir / "part-1.parquet")
+    config = make_config(pairs=str(pairs_dir / "part-0.parquet"), validation=held, unlabelled=held, steps=2)
+    assert read_training_data(config).unlabelled is None
+    train(config)
+
+
+def test_pairs_that_are_learned_and_validated_on_are_told(
+    make_config: MakeConfig, pairs_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    part = str(pairs_dir / "part-1.parquet")
+    with caplog.at_level(logging.WARNING):
+        data = read_training_data(make_config(validation=part))
+    assert data.validation is not None
+    count = len(data.validation)
+    assert f"--validation: {count} of {count} pairs stand in --pairs too" in caplog.text
