@@ -205,10 +205,9 @@ def _evaluation(tonight: Facts) -> list[str]:
     if facts is None:
         return []
     labelled = facts["labelled"]
-    text = (
-        f"{count(labelled['pairs'])} labelled pairs with a score, {count(labelled['matches'])} of them matches. "
-        "The whole report lies beside this one, in evaluation/report.html."
-    )
+    text = f"{count(labelled['pairs'])} labelled pairs with a score, {count(labelled['matches'])} of them matches."
+    if labelled["pairs"]:
+        text += " The whole report lies beside this one, in evaluation/report.html."
     rows = []
     for name, figure in (facts["metrics"] or {}).items():
         rows.append([name.replace("_", " "), *html.ranged(figure)])

@@ -12,13 +12,15 @@ from typing import Any
 
 from flipkd.config import EncodeConfig, ScoreConfig
 from flipkd.data.commit import read_json, write_json
+from flipkd.data.folders import is_whole, remove_published
 from flipkd.data.location import open_location
 from flipkd.errors import OutputError
 from flipkd.nightly.config import NightConfig
 from flipkd.nightly.folders import STORES
 from flipkd.report.config import EvaluateConfig
 from flipkd.report.evaluate import evaluate
-from flipkd.report.read import check_labels
+from flipkd.report.pairs import PairCounts
+from flipkd.report.read import NoLabelledPairsError, check_labels
 from flipkd.report.timeline import Span, job_spans
 from flipkd.run.encode import encode
 from flipkd.run.pipeline import score, summary
@@ -157,7 +159,29 @@ def _kept(job: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _kept_metrics(config: EvaluateConfig) -> dict[str, Any]:
-    """Evaluates; what the night keeps of ``metrics.json``."""
-    facts = evaluate(config)
+    """Evaluates; what the night keeps of ``metrics.json``. Where nothing can be measured the gates are to say so."""
+    try:
+        facts = evaluate(config)
+    except NoLabelledPairsError as error:
+        logger.warning("%s", error)
+        report = Path(config.output)
+        if is_whole(report):  # of labels that have changed since
+            remove_published(report)
+        return {"kind": "evaluate", **_nothing_measured(config, error.counts)}
     names = ("fingerprint", "labelled", "labels", "metrics", "recall_ceiling", "warnings", "weighted")
     return {"kind": "evaluate", **{key: facts[key] for key in names}}
+
+
+def _nothing_measured(config: EvaluateConfig, counts: PairCounts) -> dict[str, Any]:
+    unscored = sum(pairs for pairs, _ in counts.unscored.values())
+    return {
+        "labelled": {"pairs": 0, "matches": 0, "weight": 0.0, "match_weight": 0.0},
+        "labels": counts.as_dict(),
+        "metrics": None,
+        "recall_ceiling": 0.0 if counts.unscored_match_weight else None,
+        "warnings": [
+            f"No gold pair has a score, so nothing was measured: {unscored} were not scored, and {counts.unmatched} "
+            "are not among tonight's pairs."
+        ],
+        "weighted": config.weight_column is not None,
+    }

@@ -30,6 +30,14 @@ from flipkd.urls import without_secrets
 from flipkd.vectors.id_types import check_id_type
 
 
+class NoLabelledPairsError(InputError):
+    """No labelled pair has a score; ``counts`` say what became of the labels."""
+
+    def __init__(self, message: str, counts: PairCounts) -> None:
+        super().__init__(message)
+        self.counts = counts
+
+
 @dataclass(frozen=True, eq=False)
 class LabelledRun:
     """What was read.
@@ -103,7 +111,11 @@ def read_labelled(config: EvaluateConfig, scores: Location, shards: list[Shard])
     """
     read = _read_any(config, scores, shards)
     if not len(read.pairs):
-        raise InputError(_no_labels(config, read))
+        told = _no_labels(config, read)
+        # A table of labels without any is a mistake in that file, whatever the scores are.
+        if read.kind != "scores" and not read.counts.unmatched and not read.counts.unscored:
+            raise InputError(told)
+        raise NoLabelledPairsError(told, read.counts)
     return read
 
 

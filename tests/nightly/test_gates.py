@@ -44,6 +44,27 @@ def one_class(bank: Bank) -> None:
     pq.write_table(table.set_column(2, "label", pa.array([1] * GOLD)), bank.folder / "gold.parquet")
 
 
+def no_gold_pairs(bank: Bank) -> None:
+    """The step that makes the candidates leaves the gold pairs out."""
+    ids = np.arange(300)
+    bank.pairs(SECOND, {"left_id": ids % RECORDS, "right_id": (ids + 50) % RECORDS})
+
+
+def gold_without_scores(bank: Bank) -> None:
+    """The gold pairs are candidates, and their right records are not there."""
+    ids = np.arange(300)
+    bank.pairs(SECOND, {"left_id": ids % RECORDS, "right_id": 10_000 + ids})
+    gold = pa.table({"left_id": ids[:GOLD], "right_id": 10_000 + ids[:GOLD], "label": ids[:GOLD] % 2})
+    pq.write_table(gold, bank.folder / "gold.parquet")
+
+
+def labels_of_another_night(bank: Bank) -> None:
+    """The candidates bring their labels themselves, and tonight's have none."""
+    ids = np.arange(300)
+    columns = {"left_id": ids % RECORDS, "right_id": ids % RECORDS, "label": pa.nulls(300, pa.int8())}
+    bank.pairs(SECOND, columns)
+
+
 @pytest.mark.parametrize(
     ("change", "gates"),
     [
@@ -65,6 +86,10 @@ def one_class(bank: Bank) -> None:
             },
         ),
         (None, {"min_gold_pairs": (GOLD + 1, GOLD), "min_metric roc_auc": (0.999, None)}),
+        *(
+            (change, {"min_gold_pairs": (10, 0), "min_metric roc_auc": (0.0, None)})
+            for change in (no_gold_pairs, gold_without_scores, labels_of_another_night)
+        ),
         (one_class, {"min_metric average_precision": (0.1, None)}),  # cannot be measured
     ],
 )
@@ -76,7 +101,8 @@ def test_gates_that_trip_hold_the_night_back(bank: Bank, change: Any, gates: dic
         name, _, key = gate.partition(" ")
         limits[name] = {key: limit} if key else limit
     is_gold = any(gate.startswith(("min_gold", "min_metric")) for gate in gates)
-    result = bank.run(SECOND, code=3, gates=limits, **({"evaluate": EVALUATE} if is_gold else {}))
+    evaluate = {"bootstrap": 5} if change is labels_of_another_night else EVALUATE
+    result = bank.run(SECOND, code=3, gates=limits, **({"evaluate": evaluate} if is_gold else {}))
     facts, last = bank.facts(SECOND, "_held"), bank.facts(FIRST)
     assert [one["verdict"] for one in facts["gates"]] == ["tripped"] * len(gates)
     page = (bank.nights / "_held" / SECOND / "report/night.html").read_text()
@@ -166,3 +192,39 @@ def test_a_night_accepted_by_a_killed_process_is_released_by_the_next(
     assert bank.current()["date"] == FIRST
     bank.run(SECOND)
     assert bank.current()["date"] == SECOND
+
+
+def test_a_night_without_gold_pairs_is_held_and_can_be_accepted_or_mended(
+    bank: Bank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {
+        "evaluate": EVALUATE, "gates": {"max_score_psi": None, "min_gold_pairs": 10, "min_metric": {"roc_auc": 0.0}}
+    }  # fmt: skip
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    good = (bank.folder / "gold.parquet").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("flipkd.nightly.night.count_scores", stop)
+        bank.run(SECOND, code=1, **options)  # broken off when the gold pairs were there yet
+    assert (bank.nights / "_unfinished" / SECOND / "evaluation/report.html").exists()
+    gold = pq.read_table(bank.folder / "gold.parquet")
+    ids = pa.array(np.arange(GOLD) + 10_000)  # of another system
+    pq.write_table(gold.set_column(0, "left_id", ids), bank.folder / "gold.parquet")
+    told = bank.run(SECOND, code=3, **options)
+    assert f"none of the {GOLD} labelled pairs of" in told.stderr
+    assert "must be those of the scores" in told.stderr
+    held = bank.nights / "_held" / SECOND
+    assert not (held / "evaluation").exists()
+    evaluation = bank.facts(SECOND, "_held")["evaluation"]
+    assert (evaluation["labelled"]["pairs"], evaluation["metrics"]) == (0, None)
+    page = (held / "report/night.html").read_text()
+    assert "No gold pair has a score, so nothing was measured" in page
+    assert "evaluation/report.html" not in page
+    bank.run(SECOND, "--accept", "they come tomorrow", **options)
+    assert bank.current()["date"] == SECOND
+    (bank.folder / "gold.parquet").write_bytes(good)
+    bank.run(SECOND, "--overwrite", **options)
+    assert bank.facts(SECOND)["evaluation"]["labelled"]["pairs"] == GOLD
+    assert (bank.nights / SECOND / "evaluation/report.html").exists()
