@@ -1,7 +1,7 @@
 """Where nights lie. A night's place says what it is worth, and it moves there in one rename::
 
     OUTPUT/2026-11-25/                 released: whole, and every gate passed (or somebody accepted it)
-        scores/  rescored/  evaluation/  report/{night.json, night.html}  stores/ (of the newest night alone)
+        scores/  rescored/  evaluation/  report/{night.json, night.html}  stores/ (of the newest nights)
     OUTPUT/_held/2026-11-25/           whole, and a gate tripped
     OUTPUT/_unfinished/2026-11-25/     at work, or broken off; the next run goes on here
     OUTPUT/current.json                the newest released night: the one file that a consumer needs to read
@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 REPORT, NIGHT_FILE, NIGHT_PAGE = "report", "night.json", "night.html"
 STORES, ACCEPTED_FILE, CURRENT_FILE = "stores", "accepted.json", "current.json"
+_STORES_KEPT = 2  # nights whose vector stores are kept, of those released and of those held back
 MARKER, KIND = "_night.json", "night"
 _DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 _REMOVED = re.compile(rf"\.({_DATE.pattern}|{STORES})\.[0-9a-f]{{32}}\.tmp")
@@ -156,12 +157,15 @@ class Nights:
     def prune(self, keep: int, date: str) -> list[str]:
         """Removes whole nights beyond the newest ``keep`` of the released, and of those held back; never tonight's.
 
-        The vector stores of all others go too, but for the newest released night's: the next one is compared with it.
+        Vector stores stay for the two newest released nights: the next night is compared with the newest, and the
+        newest with the one before it when it is run again. Likewise for the two newest that are held back and newer
+        than those: when one of them is accepted, it is what the next night is compared with.
 
         Returns:
             Dates of the removed nights, oldest first.
         """
         removed = []
+        newest = max((folder.name for folder, _ in self.released()), default="")
         for parent in (self.root, self._held):
             nights = [folder for folder, _ in _whole(parent)]
             for folder in nights[:-keep]:
@@ -169,9 +173,10 @@ class Nights:
                     logger.info("removing the night %s: %d newer ones are kept", folder.name, keep)
                     remove_published(folder)
                     removed.append(folder.name)
-            last = nights[-1:] if parent == self.root else []
+            with_stores = [folder for folder in nights if parent == self.root or folder.name > newest][-_STORES_KEPT:]
             for folder in nights:
-                if folder.exists() and folder not in last and folder.name != date and (folder / STORES).is_dir():
+                needs_stores = folder in with_stores or folder.name == date
+                if folder.exists() and not needs_stores and (folder / STORES).is_dir():
                     remove_published(folder / STORES)
             for place in (parent, *nights):
                 _remove_remnants(place)

@@ -72,12 +72,34 @@ def test_held_nights_are_kept_beside_the_released_and_never_push_them_out(bank: 
     assert names(bank.nights / "_held") == [THIRD, "2026-11-27"]
     assert bank.current()["date"] == FIRST
     assert (bank.nights / FIRST / "stores").exists()  # still what the next night is compared with
-    assert not (bank.nights / "_held/2026-11-27/stores").exists()
+    assert (bank.nights / "_held/2026-11-27/stores").exists()  # likewise, once somebody accepts it
+
+
+def test_vector_stores_are_kept_of_the_two_newest_nights_of_each_kind(bank: Bank) -> None:
+    """Disk is bounded however many nights are kept; a held night that is older than a released one needs none."""
+    for day in (20, 22, 23):
+        bank.forge(f"2026-11-{day}")
+    for day in (21, 25, 26, 27):
+        bank.forge(f"2026-11-{day}", "_held")
+    bank.run(FIRST)
+    found = {str(path.parent.relative_to(bank.nights)) for path in bank.nights.rglob("stores")}
+    assert found == {"2026-11-23", FIRST, "_held/2026-11-26", "_held/2026-11-27"}
+
+
+def test_a_released_night_that_is_run_again_is_compared_as_it_was(bank: Bank) -> None:
+    gates = {"max_score_psi": None, "max_new_record_share": 0.05}
+    bank.run(SECOND, gates=gates)
+    expected = bank.facts(SECOND)["records"]
+    for _ in range(2):
+        bank.run(SECOND, "--overwrite", gates=gates)
+        assert bank.facts(SECOND)["records"] == expected
+    assert bank.facts(SECOND)["last_night"] == FIRST
+    assert expected["left"]["new"] == 0
 
 
 def test_an_earlier_night_run_late_is_compared_with_those_before_it_and_not_the_current_one(bank: Bank) -> None:
     bank.forge(THIRD)
-    shutil.rmtree(bank.nights / FIRST / "stores")  # of the newest night alone they are kept
+    shutil.rmtree(bank.nights / FIRST / "stores")  # of the newest nights alone they are kept
     bank.run(SECOND)
     assert bank.facts(SECOND)["last_night"] == FIRST
     assert bank.current()["date"] == THIRD
