@@ -11,7 +11,7 @@ import contextlib
 import logging
 import os
 import tempfile
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +41,16 @@ def train_on_ray(config: TrainConfig) -> dict[str, Any]:
     """Trains on ``config.run.workers`` workers (None: one per GPU, else 1). Returns the summary.
 
     Raises:
+        ConfigError: GPUs are asked for, and the device is the CPU.
         ClusterError: the workers were lost more often than ``max_retries`` allows, or could not be placed in time.
         FlipkdError: what a worker raised.
     """
     run = config.run
+    if config.device == "cpu" and run.gpus:
+        raise ConfigError("--gpus does not go with --device cpu; leave one of them out")
     connect(str(run.ray))
     resources = ray.cluster_resources()
-    gpus = run.gpus if run.gpus is not None else float(resources.get("GPU", 0) >= 1)
+    gpus = _gpus_of_a_worker(config, resources)
     count = run.workers or (int(resources.get("GPU", 0) / gpus) if gpus else 1) or 1
     threads = run.threads or 1
     if not gpus and resources.get("CPU", 0) < count * threads:
@@ -81,6 +84,13 @@ def train_on_ray(config: TrainConfig) -> dict[str, Any]:
     return summary(config, RunFolder(Path(output_path(config)), facts, overwrite=False))
 
 
+def _gpus_of_a_worker(config: TrainConfig, resources: Mapping[str, float]) -> float:
+    """What is asked for, else one where the cluster has any and the device may be one."""
+    if config.run.gpus is not None:
+        return config.run.gpus
+    return float(config.device != "cpu" and resources.get("GPU", 0) >= 1)
+
+
 def _worker(task: dict[str, Any]) -> None:
     """One worker's share; runs in a process of Ray's, which logs what is raised: so nothing that may quote a record."""
     os.umask(0o077)
@@ -104,8 +114,6 @@ def _train_share(task: dict[str, Any]) -> None:
     torch.set_num_threads(task["threads"])
     context = ray.train.get_context()
     workers = Workers(context.get_world_rank(), context.get_world_size())
-    if torch.cuda.is_available():
-        config = replace(config, device="cuda")
     train_worker(config, workers)
 
 

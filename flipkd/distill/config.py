@@ -11,6 +11,9 @@ from flipkd.errors import ConfigError
 from flipkd.models.options import StudentOptions
 
 Objective = Literal["flip", "cosent", "cosent_infonce", "cosent_teacher", "margin_mse", "kl", "lm"]
+# Options that do not decide the result but for its last bits: a run may go on with others. In what makes a run's
+# fingerprint they stand at their defaults, so a run from before they were free is still the same one.
+_FREE = ("device",)
 OBJECTIVES: tuple[Objective, ...] = ("flip", "cosent", "cosent_infonce", "cosent_teacher", "margin_mse", "kl", "lm")
 
 
@@ -168,7 +171,14 @@ class TrainConfig:
             raise ConfigError("the language model's loss needs the whole tower: pass --whole-tower")
 
     def deciding(self) -> dict[str, Any]:
-        """Every option that decides the result, as plain values."""
+        """Every option that decides the result, as plain values; the others that stand here are at their defaults."""
+        values = self.recorded()
+        for name in _FREE:
+            values[name] = getattr(TrainConfig, name)
+        return values
+
+    def recorded(self) -> dict[str, Any]:
+        """Every option that tells how the student was trained, as plain values."""
         values = asdict(self)
         for name in ("run", "output", "log_every", "keep_checkpoints"):
             del values[name]

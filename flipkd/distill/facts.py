@@ -27,7 +27,7 @@ def run_facts(config: TrainConfig, data: TrainingData) -> dict[str, Any]:
     return {
         "format": 1,
         "fingerprint": fingerprint(deciding),
-        "config": config.deciding(),
+        "config": config.recorded(),
         "base_fingerprint": deciding["base"],
         "pairs": len(pairs),
         "texts": len(pairs.texts),

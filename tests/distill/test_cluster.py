@@ -10,14 +10,22 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
+import torch
 
+from flipkd.config import RunOptions
 from flipkd.data.folders import is_whole
+from flipkd.distill import cluster
 from flipkd.distill.config import TrainConfig
+from flipkd.distill.facts import run_facts
+from flipkd.distill.run_folder import RunFolder
 from flipkd.distill.train import train
+from flipkd.distill.training_data import read_training_data
+from flipkd.errors import ConfigError
 from tests.distill.conftest import MakeConfig
 from tests.run.ray_cluster import ROOT
 
@@ -44,6 +52,34 @@ def assert_same_curve(found: TrainConfig, expected: TrainConfig) -> None:
         assert left["tokens"] == right["tokens"]
         if "validation" in right:
             assert left["validation"]["auc"] == pytest.approx(right["validation"]["auc"], abs=1e-4)
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda"])
+def test_the_driver_finds_the_run_of_workers_with_gpus(
+    make_config: MakeConfig, tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, told = make_config(device=device), []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    context = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
+    monkeypatch.setattr(cluster.ray.train, "get_context", lambda: context)
+    monkeypatch.setattr(cluster, "train_worker", lambda config, workers: told.append((config, workers.count)))
+    cluster._train_share({"config": config, "threads": 1, "logs": None, "folder": str(tmp_path)})
+    ((own, count),) = told
+    assert (own.device, count) == (device, 1)
+    data = read_training_data(config)
+    (tmp_path / "run").mkdir()
+    for one in (replace(config, device="cuda"), config):  # another device is no other run either
+        RunFolder(tmp_path / "run", run_facts(one, data), overwrite=False)
+
+
+def test_a_worker_on_the_cpu_takes_no_gpu(make_config: MakeConfig) -> None:
+    found = {device: cluster._gpus_of_a_worker(make_config(device=device), {"GPU": 2}) for device in ("auto", "cpu")}
+    assert found == {"auto": 1, "cpu": 0}
+    assert cluster._gpus_of_a_worker(make_config(), {"CPU": 4}) == 0
+    run = RunOptions(ray="local", gpus=0.5)
+    assert cluster._gpus_of_a_worker(make_config(run=run), {"GPU": 2}) == 0.5
+    with pytest.raises(ConfigError, match="--gpus does not go with --device cpu"):
+        cluster.train_on_ray(make_config(device="cpu", run=run))
 
 
 @pytest.mark.slow
