@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from flipkd.models.options import StudentOptions
 Objective = Literal["flip", "cosent", "cosent_infonce", "cosent_teacher", "margin_mse", "kl", "lm"]
 # Options that do not decide the result but for its last bits: a run may go on with others. In what makes a run's
 # fingerprint they stand at their defaults, so a run from before they were free is still the same one.
-_FREE = ("device",)
+_FREE = ("device", "max_tokens", "gradient_checkpointing", "checkpoint_every")
 OBJECTIVES: tuple[Objective, ...] = ("flip", "cosent", "cosent_infonce", "cosent_teacher", "margin_mse", "kl", "lm")
 
 
@@ -104,7 +105,8 @@ class TrainConfig:
         max_gradient_norm: gradients are scaled down to this norm.
         start: where A of layer k starts: ``whitened`` (``flipkd.distill.start``), or ``random`` as LoRA does.
         max_tokens: tokens in one pass through the blocks. A batch that has more is computed by gradient caching: the
-            result is the same, memory is that of one pass, and each text is run forward twice.
+            result is the same (but for dropout, which each pass has of its own), memory is that of one pass, and each
+            text is run forward twice.
         gradient_checkpointing: forget activations of a block and compute them again backwards.
         evaluate_every: steps between validations.
         checkpoint_every: steps between checkpoints.
@@ -174,8 +176,15 @@ class TrainConfig:
         """Every option that decides the result, as plain values; the others that stand here are at their defaults."""
         values = self.recorded()
         for name in _FREE:
-            values[name] = getattr(TrainConfig, name)
+            # Every pass has a dropout of its own, so where there is any the passes decide.
+            if name != "max_tokens" or not self.student.dropout:
+                values[name] = getattr(TrainConfig, name)
         return values
+
+    def other_rounding(self, recorded: Mapping[str, Any]) -> list[str]:
+        """Flags of the options with which a run that ``recorded`` tells of gets other last bits than with these."""
+        names = [name for name in _FREE if name != "checkpoint_every"]
+        return [f"--{name.replace('_', '-')}" for name in names if recorded.get(name) != getattr(self, name)]
 
     def recorded(self) -> dict[str, Any]:
         """Every option that tells how the student was trained, as plain values."""

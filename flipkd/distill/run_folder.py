@@ -48,7 +48,7 @@ _STEP = re.compile(r"step-[0-9]{8}")
 
 
 class RunFolder:
-    """A run's folder; made, or found again.
+    """A run's folder; made, or found again. ``facts`` are those that it was made with.
 
     Args:
         path: the folder, which the caller has locked.
@@ -64,7 +64,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self._best = path / "best"
         location = open_location(str(path))
-        found = read_json(location, RUN_FILE, fingerprint=str)
+        found = read_json(location, RUN_FILE, fingerprint=str, config=dict)
         if found is not None and found["fingerprint"] != facts["fingerprint"]:
             if not overwrite:
                 raise OutputError(
@@ -76,6 +76,7 @@ class RunFolder:
         if found is None:
             _check_free(path)
             write_json(location, RUN_FILE, facts)
+        self.facts: Mapping[str, Any] = facts if found is None else found
         for folder in (path, self.checkpoints, self._best):
             remove_unpublished(folder)
 

@@ -147,6 +147,71 @@ def test_the_best_student_stays_while_a_checkpoint_names_it(
     assert not (Path(config.output) / "best").exists()
 
 
+def broken_off(config: TrainConfig, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """A run that stops after ``step`` steps and a checkpoint."""
+    import flipkd.distill.train as module
+
+    real = module._Training._step
+
+    def stop(self: Any, number: int) -> Any:
+        if number == step:
+            raise KeyboardInterrupt
+        return real(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module._Training, "_step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"max_tokens": 64}, "--max-tokens"),
+        ({"gradient_checkpointing": True}, "--gradient-checkpointing"),
+        ({"device": "auto", "max_tokens": 4096}, "--device, --max-tokens"),
+        ({"checkpoint_every": 1}, ""),
+    ],
+)
+def test_a_broken_off_run_goes_on_with_other_options_that_do_not_decide(
+    make_config: MakeConfig,
+    tmp_path: Path,
+    options: dict[str, Any],
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Such as when memory did not suffice."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    whole = make_config(output=str(tmp_path / "whole"))
+    train(whole)
+    config = make_config(checkpoint_every=3)
+    broken_off(config, monkeypatch, 4)
+    assert newest_checkpoint(config).name == "step-00000003"
+    other = replace(config, **options)
+    assert "last bits" not in caplog.text
+    assert train(other)["steps"] == 6
+    assert (f"goes on with another {told}: its last bits may differ" in caplog.text) == bool(told)
+    assert [line["step"] for line in lines(config) if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    if not told:
+        assert_same(weights(other), weights(whole))
+    for name, value in weights(whole).items():
+        torch.testing.assert_close(weights(other)[name], value, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_tokens": 64, "student": {"dropout": 0.1}}, {"evaluate_every": 2}, {"learning_rate": 1e-3}]
+)
+def test_a_run_with_options_that_decide_is_another_run(
+    make_config: MakeConfig, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each pass has a dropout of its own, so with one the passes decide."""
+    student = {"student": options.get("student", {})}
+    broken_off(make_config(**student), monkeypatch, 1)
+    with pytest.raises(OutputError, match="another training run"):
+        train(make_config(**options))
+
+
 # ``train`` that is killed when the weights of its fifth checkpoint are written, and half of the moments.
 KILLED_WHILE_WRITING = """
 import os, signal
