@@ -94,13 +94,15 @@ def _moments(student: Student, optimizer: torch.optim.Optimizer) -> dict[str, Te
 
 
 def _restore(student: Student, optimizer: torch.optim.Optimizer, moments: Mapping[str, Tensor]) -> None:
-    for name, parameter in _trained(student).items():
-        if f"step/{name}" not in moments:
-            continue
-        state = optimizer.state[parameter]
-        for moment in _MOMENTS:
-            value = moments[f"{moment}/{name}"]
-            state[moment] = value if moment == "step" else value.to(parameter.device)
+    """Gives the moments to the optimizer, which knows on what device it needs each: a fused one also ``step``."""
+    names = {parameter: name for name, parameter in _trained(student).items()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = {
+        place: {moment: moments[f"{moment}/{names[parameter]}"] for moment in _MOMENTS}
+        for place, parameter in enumerate(parameters)
+        if f"step/{names[parameter]}" in moments
+    }
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
 def _plain(tensor: Tensor) -> Tensor:
