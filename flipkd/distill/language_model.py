@@ -26,9 +26,11 @@ def answer_logits(student: Student, prompts: Sequence[Sequence[int]]) -> Tensor:
     packed = pack(prompts, student.device)
     with student.autocast():
         states = student.decoder(**packed.arguments).last_hidden_state
-        head = student.model.get_base_model().lm_head
+        base = student.model.get_base_model()
+        head = base.lm_head
         logits: Tensor = head(pool_texts(states, packed, "last").to(head.weight.dtype)).float()
-    return logits
+    cap = getattr(base.config, "final_logit_softcapping", None)  # of Gemma 2; the head alone does not apply it
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def answer_log_odds(

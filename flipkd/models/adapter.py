@@ -119,7 +119,8 @@ def load_decoder(
     path = Path(folder)
     options, layer, weights = _read_adapter(path, base, trust_remote_code)
     whole = replace(options, layer=layer, whole_tower=True, dtype="float32")
-    model, tokenizer, _, _ = _load_base(whole, attention="sdpa")
+    # Transformers' own choice: not every model has each (Gemma 2's soft caps are for eager alone).
+    model, tokenizer, _, _ = _load_base(whole, attention=None)
     adapted = _with_lora(model, options, layer, len(model.model.layers) if options.whole_tower else layer)
     _put_weights(adapted, weights, str(path / WEIGHTS_FILE))
     return adapted.merge_and_unload().to(dtype).eval(), tokenizer
@@ -190,7 +191,7 @@ def base_fingerprint(folder: str | Path) -> str:
     return files_fingerprint(find_folder(folder))
 
 
-def _load_base(options: StudentOptions, attention: str = ATTENTION) -> tuple[Any, Any, int, str]:
+def _load_base(options: StudentOptions, attention: str | None = ATTENTION) -> tuple[Any, Any, int, str]:
     import transformers
     from transformers.utils import logging as transformers_logging
 

@@ -17,12 +17,12 @@ import transformers
 
 from flipkd.errors import ConfigError, ModelError
 from flipkd.models import llm as llm_module
-from flipkd.models.adapter import load_student, new_student, save_student
+from flipkd.models.adapter import FAMILIES, load_student, new_student, save_student
 from flipkd.models.llm import load_llm, load_prompts, read_llm
 from flipkd.models.llm_options import LlmOptions
 from flipkd.models.llm_prompt import TRAINED_PROMPTS, PairPrompt, pair_prompt, read_prompt
 from flipkd.models.options import StudentOptions
-from tests.models.test_packed import shaken
+from tests.models.test_packed import CLASSES, WINDOWED, shaken
 from tests.small_models import make_base
 
 Pairs = tuple[list[str], list[str]]
@@ -321,6 +321,32 @@ def test_a_trained_adapter_answers_with_the_whole_base(
             )
         no, yes = (label[0] for label in llm.tokenizer.prompt.labels)
         np.testing.assert_allclose(found, torch.sigmoid(logits[:, yes] - logits[:, no]).numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_student_of_every_family_answers_as_it_was_trained(
+    family: str, pairs: Pairs, minilm_dir: Path, tmp_path: Path
+) -> None:
+    """Soft caps of attention and of logits, and windows, are where training has them."""
+    from flipkd.distill.language_model import answer_log_odds
+
+    settings: dict[str, Any] = {"sliding_window": 7} if family in WINDOWED else {}
+    if family == "gemma2":
+        settings |= {"attn_logit_softcapping": 1.0, "final_logit_softcapping": 0.5}
+    base = make_base(tmp_path / "base", minilm_dir, 0, CLASSES[family], initializer_range=0.5, **settings)
+    options = StudentOptions(str(base), layer=1, dimension=8, rank=4, max_length=200, whole_tower=True)
+    student = shaken(new_student(options))
+    save_student(student, tmp_path / "adapter")
+    ids = [[student.body(text) for text in student.tokenize(list(pair)).ids] for pair in zip(*pairs, strict=True)]
+    prompt = pair_prompt(TRAINED_PROMPTS[options.prompt_version], student.tokenizer)
+    trained = answer_log_odds(student, prompt, [(left, right) for left, right in ids], 4096)
+    llm = load_llm(LlmOptions(str(tmp_path / "adapter"), device="cpu"), threads=1)
+    engine: Any = llm.engine
+    attention = engine._model.config._attn_implementation
+    assert attention == ("eager" if family == "gemma2" else "sdpa")
+    logs = engine.label_log_probabilities(llm.tokenizer.tokenize(list(zip(*pairs, strict=True))))
+    np.testing.assert_allclose(logs[:, 1] - logs[:, 0], trained, atol=1e-3)
+    assert trained.std() > 0.01  # else all this says nothing
 
 
 def test_folders_that_cannot_answer(llm_dir: Path, minilm_dir: Path, tmp_path: Path) -> None:
