@@ -105,10 +105,11 @@ def load_pretrained(
         if hasattr(config, "use_cache"):
             config.use_cache = False
         name = auto_class
-        if getattr(config, "is_encoder_decoder", False):
-            if config.model_type not in _ENCODER_CLASSES or auto_class != "AutoModel":
-                raise ModelError(f"{path}: encoder-decoder model {config.model_type} is not supported")
+        if auto_class == "AutoModel" and config.model_type in _ENCODER_CLASSES:
+            # Whatever is_encoder_decoder says: it is false in the configuration of an encoder that was saved alone.
             name = _ENCODER_CLASSES[config.model_type]
+        elif getattr(config, "is_encoder_decoder", False):
+            raise ModelError(f"{path}: encoder-decoder model {config.model_type} is not supported")
         settings: dict[str, Any] = dict(folder.model_settings)
         if name.startswith("Auto"):
             settings["trust_remote_code"] = trust_remote_code

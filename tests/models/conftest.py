@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -90,6 +92,10 @@ def random_model(kind: str, vocabulary_size: int = 600, width: int = 32) -> PreT
         "bert": lambda: BertModel(BertConfig(**shape)),
         "roberta": lambda: RobertaModel(RobertaConfig(pad_token_id=1, **shape)),
     }
+    for family in ("T5", "MT5", "UMT5", "LongT5"):
+        own = {"vocab_size": vocabulary_size, "d_model": width, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+        config = getattr(transformers, f"{family}Config")(**own, initializer_factor=3.0)
+        makers[family.lower()] = partial(getattr(transformers, f"{family}ForConditionalGeneration"), config)
     model: PreTrainedModel = makers[kind]().eval()
     return model
 

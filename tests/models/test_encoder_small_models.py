@@ -112,6 +112,16 @@ def test_truncated_dimension_and_lower_case(make_folder: MakeFolder, small_vocab
     np.testing.assert_array_equal(lower, upper)
 
 
+@pytest.mark.parametrize("kind", ["t5", "mt5", "umt5", "longt5"])
+def test_the_encoder_of_an_encoder_decoder(make_folder: MakeFolder, small_vocabulary: Tokenizer, kind: str) -> None:
+    """Its configuration says that there is a decoder, or, as transformers 5 saves it, that there is none."""
+    folder = make_folder(kind, wrapped(small_vocabulary, ends=True, pad_token="<pad>"), "mean", [Normalize()])
+    config = json.loads((folder / "config.json").read_text())
+    for says in (True, False):
+        (folder / "config.json").write_text(json.dumps({**config, "is_encoder_decoder": says}))
+        assert_equals_peer(folder, TEXTS[:6])
+
+
 @pytest.mark.parametrize("include_prompt", [True, False])
 def test_default_prompt(make_folder: MakeFolder, small_vocabulary: Tokenizer, include_prompt: bool) -> None:
     tokenizer = wrapped(small_vocabulary, begins=True, ends=True, pad_token="<pad>")
