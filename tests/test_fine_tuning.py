@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -83,6 +86,27 @@ def test_the_same_call_leaves_it_and_another_is_refused(tuned: Path, minilm_dir:
     assert {path: path.stat().st_mtime_ns for path in tuned.rglob("*")} == before
     with pytest.raises(OutputError, match="something else"):
         fine_tune_teacher(minilm_dir, train_file, tuned, FineTuning(steps=9, batch_size=16))
+
+
+def test_a_teacher_of_other_pairs_or_of_another_base_is_refused(
+    tmp_path: Path, tuned: Path, minilm_dir: Path, train_file: Path, pairs: PairSet
+) -> None:
+    """As many pairs, and a base of the same name."""
+    shutil.copyfile(train_file, tmp_path / "same.parquet")
+    fine_tune_teacher(minilm_dir, tmp_path / "same.parquet", tuned, OPTIONS)
+    table = pq.read_table(train_file)
+    for column in ("left_text", "right_text", "label"):
+        values = table.column(column).to_pylist()
+        other = table.set_column(table.schema.get_field_index(column), column, [values[1:] + values[:1]])
+        pq.write_table(other, tmp_path / "other.parquet")
+        with pytest.raises(OutputError, match="something else"):
+            fine_tune_teacher(minilm_dir, tmp_path / "other.parquet", tuned, OPTIONS)
+    base = shutil.copytree(minilm_dir, tmp_path / minilm_dir.name)
+    fine_tune_teacher(base, train_file, tuned, OPTIONS)
+    settings = json.loads((base / "sentence_bert_config.json").read_text())
+    (base / "sentence_bert_config.json").write_text(json.dumps({**settings, "max_seq_length": 32}))
+    with pytest.raises(OutputError, match="something else"):
+        fine_tune_teacher(base, train_file, tuned, OPTIONS)
 
 
 def test_a_missing_package_is_named_with_the_way_out(

@@ -25,11 +25,14 @@ import pyarrow.parquet as pq
 from flipkd.data.commit import make_private_folder
 from flipkd.data.folders import is_whole, publish_folder, remove_unpublished
 from flipkd.errors import ConfigError, OutputError
+from flipkd.models.folder import folder_fingerprint
 from flipkd.run.progress import progress_bar
+from flipkd.run.units import fingerprint
 
 INSTALL = "pip install -c constraints.txt -e '.[demo]'"
 _PACKAGES = ("sentence_transformers", "datasets", "accelerate", "gguf")
 _FACTS = "fine_tuning.json"
+_COLUMNS = ("left_text", "right_text", "label")
 # Pairs of so many batches are sorted by length together: enough to pad little (16 % of tokens in place of 119 %), few
 # enough to mix.
 _BATCHES_SORTED_TOGETHER = 32
@@ -90,14 +93,21 @@ def fine_tune_teacher(
         progress: progress with ETA on stderr.
 
     Returns:
-        What ``fine_tuning.json`` in the folder holds: options, base, pairs, seconds.
+        What ``fine_tuning.json`` in the folder holds: options, base, pairs, a fingerprint of each of the two, seconds.
 
     Raises:
         ConfigError: a package of the extra ``demo`` is not installed.
-        OutputError: the folder holds another model, or cannot be written.
+        OutputError: the folder holds a model of other options, pairs or another base, or cannot be written.
     """
     options = options or FineTuning()
-    wanted = {"options": asdict(options), "base": base.name, "pairs": pq.read_table(train, columns=["label"]).num_rows}
+    table = pq.read_table(train, columns=list(_COLUMNS))
+    wanted = {
+        "options": asdict(options),
+        "base": base.name,
+        "base_fingerprint": folder_fingerprint(base),
+        "pairs": table.num_rows,
+        "pairs_fingerprint": fingerprint({name: table.column(name).to_pylist() for name in _COLUMNS}),
+    }
     if output.exists():
         return _facts_of(output, wanted)
     missing = missing_packages()
@@ -108,7 +118,6 @@ def fine_tune_teacher(
 
     def write(folder: Path) -> None:
         started = time.perf_counter()
-        table = pq.read_table(train, columns=["left_text", "right_text", "label"])
         _train(base, table, folder, options, progress)
         facts = {**wanted, "seconds": round(time.perf_counter() - started, 1)}
         (folder / _FACTS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
