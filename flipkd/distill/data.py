@@ -107,7 +107,8 @@ def read_training_pairs(
         ignores_labels: whether labels are not read even where there are some.
 
     Raises:
-        ConfigError: a column is missing or of a type that cannot be used, or there is neither label nor teacher score.
+        ConfigError: a column is missing or of a type that cannot be used, or there is neither label nor teacher score
+            (with ``ignores_labels``: no teacher score).
         InputError: a file cannot be read, a label is null or not 0 or 1 (named by file and row), or the teacher scores
             of several teachers or scales are mixed.
     """
@@ -123,6 +124,11 @@ def read_training_pairs(
     label = label_column if label_column is not None else (usual if usual in known else None)
     label = None if ignores_labels else label
     has_scores = TEACHER_SCORE in known
+    if ignores_labels and not has_scores:
+        raise ConfigError(
+            f"{path} has no column {TEACHER_SCORE!r}, which pairs without labels need: run flipkd-batch teach on them "
+            "first"
+        )
     if label is None and not has_scores:
         raise ConfigError(
             f"{path} has neither a column {_LABEL!r} nor {TEACHER_SCORE!r}: name the labels with --label-column, or "

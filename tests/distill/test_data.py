@@ -67,6 +67,15 @@ def test_neither_label_nor_score_is_refused(write_parquet: WriteParquet) -> None
         read_training_pairs(pairs_with(write_parquet))
 
 
+def test_labels_do_not_stand_in_for_scores_where_they_are_not_read(write_parquet: WriteParquet) -> None:
+    path = pairs_with(write_parquet, label=[1, 0, 1])
+    with pytest.raises(
+        ConfigError, match=r"no column 'teacher_score', .*: run flipkd-batch teach on them first$"
+    ) as told:
+        read_training_pairs(path, ignores_labels=True)
+    assert "--label-column" not in str(told.value)  # it would lead nowhere
+
+
 def test_a_named_column_must_be_there(write_parquet: WriteParquet) -> None:
     path = pairs_with(write_parquet, label=[1, 0, 1])
     with pytest.raises(ConfigError, match=r"no column 'gold'.*--label-column name columns"):
