@@ -41,7 +41,11 @@ class Fitted:
 
 
 def fit_calibration(pairs: LabelledPairs, seed: int) -> Fitted | None:
-    """Chooses and fits; None where a class has fewer than two pairs, or the scores rank no better than backwards."""
+    """Chooses and fits.
+
+    None where a class has fewer than two pairs, or where no curve says more of the pairs than their share of matches
+    does: of scores that rank backwards, or at random.
+    """
     from sklearn.model_selection import StratifiedKFold
 
     pairs_used = pairs.weight > 0
@@ -64,9 +68,10 @@ def fit_calibration(pairs: LabelledPairs, seed: int) -> Fitted | None:
                 held_out[name][left_out] = probabilities(calibration, pairs.score[left_out])
     quality = {name: losses(values, label, pairs.weight) for name, values in held_out.items()}
     quality["no_calibration"] = losses(share, label, pairs.weight)
-    for method in sorted(held_out, key=lambda name: quality[name]["log_loss"]):
+    useful = [name for name in held_out if quality[name]["log_loss"] < quality["no_calibration"]["log_loss"]]
+    for method in sorted(useful, key=lambda name: quality[name]["log_loss"]):
         calibration = methods[method](pairs.score, label, pairs.weight)
-        if calibration is not None:
+        if calibration is not None and not _is_flat(calibration):
             return Fitted(method, calibration, held_out[method], quality)
     return None
 
@@ -106,6 +111,13 @@ def fit_isotonic(score: npt.NDArray[np.float32], label: npt.NDArray[np.bool_], w
     model.fit(score[used].astype(np.float64), label[used].astype(np.float64), sample_weight=weight[used])
     heights = np.maximum.accumulate(np.clip(model.y_thresholds_.astype(np.float64), low, high))
     return Knots(tuple(model.X_thresholds_.astype(float).tolist()), tuple(heights.tolist()))
+
+
+def _is_flat(calibration: Calibration) -> bool:
+    """Whether it gives every score one probability."""
+    if isinstance(calibration, Sigmoid):
+        return calibration.slope == 0
+    return calibration.probabilities[0] == calibration.probabilities[-1]
 
 
 def _smoothed(label: npt.NDArray[np.bool_], weight: Floats) -> tuple[float, float]:

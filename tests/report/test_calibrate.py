@@ -86,13 +86,33 @@ def test_classes_that_are_apart_give_no_certainty() -> None:
 def test_backward_scores_and_single_pairs() -> None:
     backward = labelled([0.9] * 50 + [0.1] * 50, [0] * 50 + [1] * 50)
     assert fit_platt(backward.score, backward.label, backward.weight) is None
-    fitted = fit_calibration(backward, seed=0)
-    assert fitted is not None
-    assert np.ptp(probabilities(fitted.calibration, [-1, 0.1, 0.9, 1])) == 0  # one probability for all
+    isotonic = fit_isotonic(backward.score, backward.label, backward.weight)
+    assert isotonic is not None
+    assert np.ptp(probabilities(isotonic, [-1, 0.1, 0.9, 1])) == 0  # one probability for all
+    assert fit_calibration(backward, seed=0) is None
     assert fit_calibration(labelled([0.9, 0.1, 0.2], [1, 0, 0]), seed=0) is None
     constant = fit_platt(np.full(10, 0.5, np.float32), np.arange(10) < 3, np.ones(10))
     assert constant is not None
     assert probabilities(constant, [0.5])[0] == pytest.approx(0.33, abs=0.05)
+
+
+@pytest.mark.parametrize("scores", ["backward", "one", "random"])
+@pytest.mark.parametrize("pairs", [20, 200, 2000])
+def test_scores_that_tell_nothing_get_no_calibration(scores: str, pairs: int) -> None:
+    generator = np.random.default_rng(1)
+    label = np.arange(pairs) % 3 == 0
+    noise = generator.normal(size=pairs)
+    score = {"backward": noise - 2 * label, "one": np.full(pairs, 0.5), "random": noise}[scores]
+    assert fit_calibration(labelled(score, label), seed=0) is None
+
+
+@settings(deadline=None)
+@given(ROWS)
+def test_a_calibration_says_more_than_the_share_of_matches(rows: list[tuple[float, bool, float]]) -> None:
+    score, label, weight = (np.array(values) for values in zip(*rows, strict=True))
+    fitted = fit_calibration(labelled(score, label, weight), seed=0)
+    if fitted is not None:
+        assert fitted.quality[fitted.method]["log_loss"] < fitted.quality["no_calibration"]["log_loss"]
 
 
 def test_a_weight_is_that_many_pairs() -> None:
