@@ -56,9 +56,9 @@ def figure(gate: str, tonight: Facts, last: Facts | None) -> float | None:
         case "min_match_rate" | "max_match_rate":
             return match_rate(tonight)
         case "max_unscored_share":
-            return share(sum(reasons.values()), rows_in) or 0.0
+            return share(sum(reasons.values()), rows_in)
         case "max_reason_share":
-            return share(reasons.get(key, 0), rows_in) or 0.0
+            return share(reasons.get(key, 0), rows_in)
         case "min_gold_pairs":
             evaluation = tonight["evaluation"]
             return None if evaluation is None else float(evaluation["labelled"]["pairs"])
@@ -86,6 +86,8 @@ def _compared(kind: str, tonight: Facts, last: Facts) -> float | None:
             rates = match_rate(tonight), match_rate(last)
             return None if rates[0] is None or rates[1] is None else relative_change(rates[0], rates[1])
         case "max_reason_share_increase":
+            if not tonight["pairs"]["rows_in"] or not last["pairs"]["rows_in"]:
+                return None  # there are no shares of no pairs
             return max((now - before for now, before in reason_shares(tonight, last).values()), default=0.0)
     raise AssertionError(kind)
 

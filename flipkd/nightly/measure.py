@@ -111,10 +111,8 @@ class RecordFacts:
     new: Mapping[str, int | None]
 
     def shares(self) -> dict[str, float | None]:
-        """Per table, the share of new records; None where it is not known."""
-        return {
-            name: None if new is None else (share(new, self.records[name]) or 0.0) for name, new in self.new.items()
-        }
+        """Per table, the share of new records; None where it is not known, or there are no records."""
+        return {name: None if new is None else share(new, self.records[name]) for name, new in self.new.items()}
 
 
 def count_records(

@@ -13,6 +13,7 @@ import pytest
 
 from flipkd.nightly.config import GateLimits
 from flipkd.nightly.gates import judge
+from flipkd.nightly.measure import RecordFacts
 from tests.nightly.conftest import FIRST, GOLD, RECORDS, SECOND, THIRD, Bank
 
 EVALUATE = {"labels": "gold.parquet", "bootstrap": 5}
@@ -124,6 +125,39 @@ def test_gates_that_trip_hold_the_night_back(bank: Bank, change: Any, gates: dic
                     max_skipped_files=None, **{"max_score_psi": None, name: {key: limit} if key else limit}
                 )
                 assert [one["verdict"] for one in judge(only, facts, last)] == [verdict]
+
+
+@pytest.mark.parametrize(
+    "gates",
+    [{"max_unscored_share": 0.5}, {"max_reason_share": {"missing_id": 0.5}}, {"max_reason_share_increase": 0.5}],
+)
+@pytest.mark.parametrize("empty", ["tonight", "last"])
+def test_a_share_of_no_pairs_cannot_be_measured(first_night: Bank, gates: dict[str, Any], empty: str) -> None:
+    facts = first_night.facts(FIRST)
+    none = {**facts, "pairs": {"rows_in": 0, "rows_out": 0}, "reasons": {}}
+    limits = GateLimits(max_skipped_files=None, max_score_psi=None, **gates)
+    tonight, last = (none, facts) if empty == "tonight" else (facts, none)
+    is_measured = empty == "last" and "max_reason_share_increase" not in gates
+    (gate,) = judge(limits, tonight, last)
+    assert gate["verdict"] == ("passed" if is_measured else "tripped")
+    assert (gate["value"] is None) is not is_measured
+    (gate,) = judge(limits, facts, facts)
+    assert (gate["verdict"], gate["value"]) == ("passed", 0.0)
+
+
+def test_a_night_without_pairs_is_held_from_the_first_on(bank: Bank) -> None:
+    early = "2026-01-01"
+    bank.customers(early, bank.texts[0])
+    bank.pairs(early, {"left_id": pa.array([], pa.int64()), "right_id": pa.array([], pa.int64())})
+    gates = {"max_score_psi": None, "max_unscored_share": 0.1}
+    assert "gate max_unscored_share: cannot be measured" in bank.run(early, code=3, gates=gates).output
+    assert bank.facts(early, "_held")["pairs"]["rows_in"] == 0
+
+
+def test_a_share_of_no_records_cannot_be_measured() -> None:
+    shares = RecordFacts({"left": 0, "right": 4}, {"left": 0, "right": 1}).shares()
+    assert shares == {"left": None, "right": 0.25}
+    assert RecordFacts({"left": 4}, {"left": None}).shares() == {"left": None}
 
 
 def test_the_probability_has_gates_of_its_own(bank: Bank) -> None:
