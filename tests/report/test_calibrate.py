@@ -106,7 +106,6 @@ def test_scores_that_tell_nothing_get_no_calibration(scores: str, pairs: int) ->
     assert fit_calibration(labelled(score, label), seed=0) is None
 
 
-@settings(deadline=None)
 @given(ROWS)
 def test_a_calibration_says_more_than_the_share_of_matches(rows: list[tuple[float, bool, float]]) -> None:
     score, label, weight = (np.array(values) for values in zip(*rows, strict=True))
