@@ -183,8 +183,8 @@ class TrainConfig:
 
     def other_rounding(self, recorded: Mapping[str, Any]) -> list[str]:
         """Flags of the options with which a run that ``recorded`` tells of gets other last bits than with these."""
-        names = [name for name in _FREE if name != "checkpoint_every"]
-        return [f"--{name.replace('_', '-')}" for name in names if recorded.get(name) != getattr(self, name)]
+        own = {name: getattr(self, name) for name in _FREE if name != "checkpoint_every"}
+        return [f"--{name.replace('_', '-')}" for name, value in own.items() if recorded.get(name, value) != value]
 
     def recorded(self) -> dict[str, Any]:
         """Every option that tells how the student was trained, as plain values."""

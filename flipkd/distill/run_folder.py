@@ -64,7 +64,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self._best = path / "best"
         location = open_location(str(path))
-        found = read_json(location, RUN_FILE, fingerprint=str, config=dict)
+        found = read_json(location, RUN_FILE, fingerprint=str)
         if found is not None and found["fingerprint"] != facts["fingerprint"]:
             if not overwrite:
                 raise OutputError(

@@ -76,7 +76,7 @@ def train_worker(config: TrainConfig, workers: Workers) -> dict[str, Any]:
     if folder.is_finished:
         logger.info("%s is complete already", config.output)
         return summary(config, folder)
-    changed = config.other_rounding(folder.facts["config"])
+    changed = config.other_rounding(folder.facts.get("config", {}))
     if changed:
         logger.warning("%s goes on with another %s: its last bits may differ", config.output, ", ".join(changed))
     device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")

@@ -63,7 +63,9 @@ def test_the_driver_finds_the_run_of_workers_with_gpus(
     context = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
     monkeypatch.setattr(cluster.ray.train, "get_context", lambda: context)
     monkeypatch.setattr(cluster, "train_worker", lambda config, workers: told.append((config, workers.count)))
-    cluster._train_share({"config": config, "threads": 1, "logs": None, "folder": str(tmp_path)})
+    monkeypatch.chdir(tmp_path)  # which a worker does too
+    threads = torch.get_num_threads()
+    cluster._train_share({"config": config, "threads": threads, "logs": None, "folder": str(tmp_path)})
     ((own, count),) = told
     assert (own.device, count) == (device, 1)
     data = read_training_data(config)
