@@ -8,6 +8,7 @@
 The data sets stand in ``benchmarks.quality_sets``. The split is the same for every seed.
 
 - *token_set_ratio*: rapidfuzz, no model.
+- *splink*: probabilistic record linkage, of sets with more than one column alone.
 - *minilm*: all-MiniLM-L6-v2 as it is.
 - *teacher*: the same, fine-tuned on the training pairs by sentence-transformers' trainer.
 - *weak_teacher*: the same with a tenth of the labels. *cross_encoder*: MiniLM with a head that reads both texts.
@@ -205,6 +206,7 @@ def main() -> None:
         for labels in arguments.labels
         for seed in (arguments.seeds if method in SEEDED else arguments.seeds[:1])
         for dataset in datasets
+        if method != "splink" or DATASETS[dataset].columns
     ]
     with tempfile.TemporaryDirectory() as scratch:
         settings, work, path = replace(QUICK, device=arguments.device), Path(scratch), Path(scratch) / "quality.json"

@@ -77,4 +77,4 @@ STUDENTS = {**COMPARED, **SWEPT}
 # What is run with every seed; the others with the first one alone.
 SEEDED = ("teacher", "cosent", "cosent_infonce", "flip_unlabelled", "flip", "flip_without_mcl")
 TEACHERS = ("teacher", "weak_teacher", "cross_encoder")
-METHODS = ("token_set_ratio", "minilm", *TEACHERS, "untrained", *COMPARED)
+METHODS = ("token_set_ratio", "splink", "minilm", *TEACHERS, "untrained", *COMPARED)

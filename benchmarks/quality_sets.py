@@ -5,6 +5,7 @@
 | ``icd9`` | long and short descriptions of ICD-9-CM | category | descriptions and terms of ICD-10-CM |
 | ``icd10`` | descriptions and inclusion terms of ICD-10-CM | category | descriptions of ICD-9-CM |
 | ``sec_names`` | company names of two lists | company | names of registered companies of the training split |
+| ``persons`` | person records (FEBRL): given name, surname and date of birth in two files | person | |
 | ``banks`` | full and short names of banks; tested with the models and the threshold of ``sec_names`` | | |
 
 To the negatives of each set (``flipkd.demo``) come nearest neighbours: to each left text the right text of another
@@ -27,6 +28,7 @@ from flipkd.demo.banks import bank_pairs
 from flipkd.demo.icd10 import icd10_inclusions, icd10_pairs
 from flipkd.demo.names import company_names, sec_name_pairs
 from flipkd.demo.pair_sets import PairSet, PairSplits, Row, icd9_pairs, pair_set, split_of
+from flipkd.demo.persons import COLUMNS, person_pairs
 
 Encode = Callable[[list[str]], npt.NDArray[np.float32]]
 
@@ -43,11 +45,13 @@ class DataSet:
         splits: makes its labelled pairs.
         unlabelled_texts: makes more texts of its domain.
         trained_on: the data set whose models and validation pairs are used; None for its own.
+        columns: what its texts hold, between ``SEPARATOR``; none for one column.
     """
 
     splits: Callable[[], PairSplits]
     unlabelled_texts: Callable[[], Sequence[str]]
     trained_on: str | None = None
+    columns: tuple[str, ...] = ()
 
 
 def _icd10_texts() -> list[str]:
@@ -71,6 +75,7 @@ DATASETS = {
     "icd9": DataSet(icd9_pairs, _icd10_texts),
     "icd10": DataSet(icd10_pairs, _icd9_texts),
     "sec_names": DataSet(sec_name_pairs, _registered_names),
+    "persons": DataSet(person_pairs, list, columns=COLUMNS),
     "banks": DataSet(_banks, list, trained_on="sec_names"),
 }
 

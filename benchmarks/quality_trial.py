@@ -30,6 +30,7 @@ from benchmarks.quality_sets import (
     unlabelled_pairs,
     with_nearest,
 )
+from benchmarks.quality_splink import splink_scores
 from benchmarks.quality_teachers import fine_tune_cross_encoder
 from flipkd import teach
 from flipkd.assets import minilm_folder, smollm2_folder
@@ -180,6 +181,10 @@ class Trial:
     def _prepared(self, method: str) -> Method:
         if method == "token_set_ratio":
             return Method(string_similarity)
+        if method == "splink":
+            started = time.perf_counter()
+            score = splink_scores(self._training.train, self._data.columns, self._seed, self._run.threads)
+            return Method(score, seconds=time.perf_counter() - started)
         if method == "minilm":
             return self._small(minilm_folder())
         if method in TEACHERS:

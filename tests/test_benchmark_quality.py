@@ -6,12 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sklearn.metrics import roc_auc_score
 
 from benchmarks.quality import QUICK, Results, Task, ratios, run, summary
 from benchmarks.quality_methods import COMPARED, METHODS, STUDENTS, SWEPT
 from benchmarks.quality_sets import DATASETS, read_pairs, some_groups, unlabelled_pairs, with_nearest
+from benchmarks.quality_splink import splink_scores
 from benchmarks.quality_tables import draw, main_table, sweep_table
 from flipkd.demo.pair_sets import PairSet, PairSplits, pair_set, write_pairs
+from flipkd.demo.persons import COLUMNS, person_pairs
 
 
 def row(method: str, auc: float, dataset: str = "icd9", seed: int = 0) -> dict[str, object]:
@@ -73,7 +76,18 @@ def test_ablations_differ_from_flip_in_one_part_alone() -> None:
     for student in SWEPT.values():
         changed = [student.loss != flip, bool(student.student), bool(student.train), student.unlabelled]
         assert sum(changed) == 1
-    assert set(DATASETS) == {"icd9", "icd10", "sec_names", "banks"}
+    assert set(DATASETS) == {"icd9", "icd10", "sec_names", "persons", "banks"}
+
+
+def test_splink_scores_the_given_pairs_in_their_order() -> None:
+    splits = person_pairs()
+    train, some = splits.train.first(4000), splits.test.first(600)
+    score = splink_scores(train, COLUMNS, seed=0, threads=1)
+    scores = score(some)
+    assert roc_auc_score(some.label, scores) > 0.97
+    order = np.random.default_rng(0).permutation(len(some))
+    # The frequency of a value is that among the given records, which are the same ones.
+    np.testing.assert_allclose(score(some.take(order)), scores[order], atol=1e-6)
 
 
 def letters(texts: list[str]) -> np.ndarray:
