@@ -30,8 +30,8 @@ from benchmarks.quality_sets import (
     unlabelled_pairs,
     with_nearest,
 )
-from benchmarks.quality_splink import splink_scores
 from benchmarks.quality_teachers import fine_tune_cross_encoder
+from benchmarks.splink_model import splink_scores
 from flipkd import teach
 from flipkd.assets import minilm_folder, smollm2_folder
 from flipkd.config import EncoderOptions, RunOptions, TeachConfig

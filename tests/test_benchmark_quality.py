@@ -11,8 +11,8 @@ from sklearn.metrics import roc_auc_score
 from benchmarks.quality import QUICK, Results, Task, ratios, run, summary
 from benchmarks.quality_methods import COMPARED, METHODS, STUDENTS, SWEPT
 from benchmarks.quality_sets import DATASETS, read_pairs, some_groups, unlabelled_pairs, with_nearest
-from benchmarks.quality_splink import splink_scores
 from benchmarks.quality_tables import draw, main_table, sweep_table
+from benchmarks.splink_model import splink_scores
 from flipkd.demo.pair_sets import PairSet, PairSplits, pair_set, write_pairs
 from flipkd.demo.persons import COLUMNS, person_pairs
 

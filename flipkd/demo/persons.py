@@ -27,6 +27,7 @@ FEBRL = Asset(
 # What a customer file and a watch list both know. With addresses too, or soc_sec_id, a string similarity finds all.
 COLUMNS = ("given_name", "surname", "date_of_birth")
 SEPARATOR = " | "
+TEMPLATE = SEPARATOR.join(f"{{{name}}}" for name in COLUMNS)  # for ``flipkd-batch score --template``
 _NEGATIVES = 3
 
 
@@ -54,7 +55,7 @@ class Person:
 
     @property
     def text(self) -> str:
-        """As the template ``{given_name} | {surname} | {date_of_birth}`` writes it."""
+        """As ``TEMPLATE`` writes it."""
         return SEPARATOR.join(self.values)
 
 
