@@ -17,7 +17,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("flipkd", "numpy", "pyarrow", "torch", "transformers", "sentence-transformers", "ray", "duckdb", "polars", "splink")
+_PACKAGES = (
+    "flipkd",
+    "numpy",
+    "pyarrow",
+    "torch",
+    "transformers",
+    "sentence-transformers",
+    "ray",
+    "duckdb",
+    "polars",
+    "splink",
+)
 
 
 def interleave(functions: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
