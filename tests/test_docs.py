@@ -5,11 +5,13 @@ What it leaves is compared with docs/columns-and-reasons.md, and links of all do
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +123,28 @@ def test_outputs_have_the_columns_and_types_that_the_document_says(walked: Walke
     assert set(store["counts"]) == {row[0] for row in table(told["`encode`"])}
 
 
-@pytest.mark.parametrize("path", [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))], ids=lambda path: path.name)
+def test_the_first_example_of_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
+    block = next(block for block in blocks(DOCS.parent / "README.md") if "minilm_folder" in block.text)
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", block.text],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    near, far = (ast.literal_eval(line) for line in done.stdout.splitlines()[-2:])
+    assert (near["right_id"], near["reason"], far["right_id"], far["reason"]) == ("b", None, "c", None)
+    assert near["score"] > 0.8 > 0.5 > far["score"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [DOCS.parent / "README.md", DOCS.parent / "SECURITY.md", *sorted(DOCS.glob("*.md"))],
+    ids=lambda path: path.name,
+)
 def test_links_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)", path.read_text()):
         assert target.startswith("https://") or (path.parent / target).exists(), target
