@@ -1,12 +1,16 @@
 """The transformer below the pooling: token ids of packed texts to token vectors.
 
-Importing this imports torch; transformers' model code is imported when a model is loaded that is not a plain BERT.
+Importing this imports torch; transformers' model code is imported when a model is loaded that we do not compute
+ourselves (``plain``).
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +22,11 @@ from flipkd.models.bert import load_bert
 from flipkd.models.decoder import load_decoder
 from flipkd.models.folder import ModelFolder, TransformerFolder
 from flipkd.models.linear import EXACT_ROWS
+from flipkd.models.plain import NotPlainError
+from flipkd.models.settings import read_json
 from flipkd.models.weights import check_finite
+
+logger = logging.getLogger(__name__)
 
 # Encoder-decoder families of which the encoder alone can be loaded; sentence-transformers does the same.
 _ENCODER_CLASSES = {
@@ -52,18 +60,16 @@ def load_backbone(folder: ModelFolder, dtype: torch.dtype, device: torch.device,
         ModelError: transformers cannot load it, or it needs code of its own and that was not allowed, or int8 was asked
             of a model that is neither plain BERT nor plain Llama or Qwen2.
     """
-    if not folder.config_settings and set(folder.model_settings) <= {"add_pooling_layer"}:
-        bert = load_bert(folder.transformer_path, dtype, device)
-        if bert is not None:
-            return Backbone(bert, bert.width, bert.position_limit, mixes_lengths=True)
-        decoder = load_decoder(folder.transformer_path, dtype, device)
-        if decoder is not None:
-            return Backbone(decoder, decoder.width, None, mixes_lengths=True)
+    try:
+        return _own_forward(folder, dtype, device)
+    except NotPlainError as error:
+        reason = str(error)
     if dtype is torch.int8:
         raise ModelError(
             f"{folder.transformer_path}: int8 arithmetic is there for plain BERT, Llama and Qwen2 models in one "
-            "safetensors file only; use bf16 or float32"
+            f"safetensors file only ({reason}); use bf16 or float32"
         )
+    _tell_once(folder.transformer_path, reason)
     model = load_pretrained(folder, dtype, trust_remote_code).to(device).eval()
 
     def states(ids: Tensor, texts: Texts) -> Tensor:
@@ -75,6 +81,27 @@ def load_backbone(folder: ModelFolder, dtype: torch.dtype, device: torch.device,
         return output[:count].flatten(0, 1)
 
     return Backbone(states, int(model.config.get_text_config().hidden_size), position_limit(model), mixes_lengths=False)
+
+
+def _own_forward(folder: ModelFolder, dtype: torch.dtype, device: torch.device) -> Backbone:
+    """The transformer in a forward of our own.
+
+    Raises:
+        NotPlainError: none computes it.
+        ModelError: a weight is not finite.
+    """
+    for name in sorted({*folder.config_settings, *(set(folder.model_settings) - {"add_pooling_layer"})}):
+        raise NotPlainError(f"its sentence_*_config.json sets {name}")
+    if read_json(folder.transformer_path / "config.json").get("model_type") == "bert":
+        bert = load_bert(folder.transformer_path, dtype, device)
+        return Backbone(bert, bert.width, bert.position_limit, mixes_lengths=True)
+    decoder = load_decoder(folder.transformer_path, dtype, device)
+    return Backbone(decoder, decoder.width, None, mixes_lengths=True)
+
+
+@cache  # an encoder may be loaded many times in one process
+def _tell_once(path: Path, reason: str) -> None:
+    logger.info("%s: transformers computes this model, slower than a forward of our own would: %s", path, reason)
 
 
 def load_pretrained(

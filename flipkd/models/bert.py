@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.functional import embedding
 
 from flipkd.kernels.encoder_ops import Heads, Norm, Texts, activate, add_norm, attend
 from flipkd.models.linear import Linear
+from flipkd.models.plain import NotPlainError, check_shapes, plain_config, read_weights
 from flipkd.models.settings import read_json
 from flipkd.models.weights import check_finite
 
@@ -84,21 +84,6 @@ class Bert:
         heads = int(config["num_attention_heads"])
         self._heads = Heads(heads, heads, self.width // heads, causal=False)
 
-    def fits(self, config: dict[str, Any]) -> bool:
-        """Whether the weights have the shapes that the config promises."""
-        width, inner = int(config["hidden_size"]), int(config["intermediate_size"])
-        found = {
-            (block.attention_input.shape, block.attention_output.shape, block.wide.shape, block.narrow.shape)
-            for block in self._blocks
-        }
-        wanted = {((3 * width, width), (width, width), (inner, width), (width, inner))}
-        return (
-            found == wanted
-            and width % self._heads.heads == 0
-            and self._words.shape == (config["vocab_size"], width)
-            and self._positions.shape == (config["max_position_embeddings"], width)
-        )
-
     @property
     def width(self) -> int:
         """Size of a token vector."""
@@ -122,34 +107,61 @@ class Bert:
         return state
 
 
-def load_bert(path: Path, dtype: torch.dtype, device: torch.device) -> Bert | None:
-    """Loads a folder that holds a plain BERT in one safetensors file; None where it does not, or is not whole.
+def load_bert(path: Path, dtype: torch.dtype, device: torch.device) -> Bert:
+    """Loads a folder that holds a plain BERT in one safetensors file.
 
     Raises:
+        NotPlainError: it does not, or the file is not whole.
         ModelError: a weight is not finite.
     """
     config = read_json(path / "config.json")
-    if config.get("model_type") != "bert" or config.get("hidden_act", "gelu") not in _ACTIVATIONS:
-        return None
-    if any(config.get(name, value) != value for name, value in _PLAIN.items()):
-        return None
-    try:
-        with safe_open(path / "model.safetensors", framework="pt") as file:
-            # Older files have the names of a model with a head ("bert."), or of TensorFlow's layer norm.
-            names = {
-                name.removeprefix("bert.").replace(".gamma", ".weight").replace(".beta", ".bias"): name
-                for name in file.keys()  # noqa: SIM118 (not a mapping)
-            }
-            tensors = {
-                name: file.get_tensor(stored).to(device)
-                for name, stored in names.items()
-                if name.startswith(("embeddings.", "encoder.layer.")) and name != "embeddings.position_ids"
-            }
-        bert = Bert(config, tensors, dtype)
-        fits = bert.fits(config)
-    except (OSError, SafetensorError, KeyError, RuntimeError):
-        return None  # the general way says what is wrong
-    if not fits:
-        return None
+    with plain_config():
+        _check_plain(config)
+        shapes = _shapes(config)
+    tensors = read_weights(path, device, _name_of)
+    check_shapes(tensors, shapes)
     check_finite(tensors.items(), path)
-    return bert
+    return Bert(config, tensors, dtype)
+
+
+def _check_plain(config: dict[str, Any]) -> None:
+    if config.get("model_type") != "bert":
+        raise NotPlainError(f"model_type is {config.get('model_type')!r}")
+    if config.get("hidden_act", "gelu") not in _ACTIVATIONS:
+        raise NotPlainError(f"hidden_act is {config['hidden_act']!r}")
+    for name, value in _PLAIN.items():
+        if config.get(name, value) != value:
+            raise NotPlainError(f"{name} is {config[name]!r}")
+
+
+def _name_of(stored: str) -> str | None:
+    # Older files have the names of a model with a head ("bert."), or of TensorFlow's layer norm.
+    name = stored.removeprefix("bert.").replace(".gamma", ".weight").replace(".beta", ".bias")
+    is_ours = name.startswith(("embeddings.", "encoder.layer.")) and name != "embeddings.position_ids"
+    return name if is_ours else None
+
+
+def _shapes(config: dict[str, Any]) -> dict[str, tuple[int | None, ...]]:
+    """Shapes of the weights, by name, that a config promises."""
+    width, inner = int(config["hidden_size"]), int(config["intermediate_size"])
+    if width % int(config["num_attention_heads"]):
+        raise ValueError("a head has no whole number of components")
+    shapes: dict[str, tuple[int | None, ...]] = {
+        "embeddings.word_embeddings.weight": (int(config["vocab_size"]), width),
+        "embeddings.position_embeddings.weight": (int(config["max_position_embeddings"]), width),
+        "embeddings.token_type_embeddings.weight": (None, width),
+    }
+    matrices = {
+        "attention.self.query": (width, width),
+        "attention.self.key": (width, width),
+        "attention.self.value": (width, width),
+        "attention.output.dense": (width, width),
+        "intermediate.dense": (inner, width),
+        "output.dense": (width, inner),
+    }
+    norms = ["embeddings.LayerNorm"]
+    for block in (f"encoder.layer.{number}" for number in range(int(config["num_hidden_layers"]))):
+        norms += [f"{block}.attention.output.LayerNorm", f"{block}.output.LayerNorm"]
+        for name, shape in matrices.items():
+            shapes |= {f"{block}.{name}.weight": shape, f"{block}.{name}.bias": shape[:1]}
+    return shapes | {f"{name}.{kind}": (width,) for name in norms for kind in ("weight", "bias")}

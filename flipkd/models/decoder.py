@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.functional import embedding
 
 from flipkd.kernels.encoder_ops import Heads, Norm, Product, Texts, activate, add_norm, attend
 from flipkd.models.linear import Linear
+from flipkd.models.plain import NotPlainError, check_shapes, plain_config, read_weights
 from flipkd.models.settings import read_json
 from flipkd.models.smoothing import Watched, one_thread, random_texts, smooth_block
 from flipkd.models.weights import check_finite
@@ -70,9 +70,7 @@ class Decoder:
         self._activation = _ACTIVATIONS[config.get("hidden_act", "silu")]
         self._words = tensors["embed_tokens.weight"].to(states)
         self._norm = self._norm_of(tensors, "norm")
-        heads = int(config["num_attention_heads"])
-        key_heads = int(config.get("num_key_value_heads") or heads)
-        width = int(config.get("head_dim") or self.width // heads)
+        heads, key_heads, width = _heads_of(config)
         self._theta = _rope_theta(config)
         causal = config.get("is_causal") is not False
         self._tables: list[tuple[Tensor, Tensor]] = []
@@ -93,8 +91,6 @@ class Decoder:
         def joined(*names: str, dtype: torch.dtype = dtype) -> Linear:
             weight = torch.cat([tensors[f"{name}.weight"] for name in names])
             biases = [tensors[f"{name}.bias"] for name in names if f"{name}.bias" in tensors]
-            if biases and len(biases) < len(names):
-                raise KeyError("bias")
             return linear(weight, torch.cat(biases) if biases else None, dtype)
 
         return _Block(
@@ -120,24 +116,6 @@ class Decoder:
                 largest = [layer.largest for layer in watched if isinstance(layer, Watched)]
                 made.append(self._block(smooth_block(tensors, self._heads, *largest), torch.int8))
         return made
-
-    def fits(self, config: dict[str, Any]) -> bool:
-        """Whether the weights have the shapes that the config promises."""
-        width, inner = int(config["hidden_size"]), int(config["intermediate_size"])
-        heads = self._heads
-        found = {
-            (block.attention_input.shape, block.attention_output.shape, block.wide.shape, block.narrow.shape)
-            for block in self._blocks
-        }
-        queries = heads.heads * heads.width
-        wanted = {
-            ((queries + 2 * heads.key_heads * heads.width, width), (width, queries), (2 * inner, width), (width, inner))
-        }
-        return (
-            found == wanted
-            and heads.heads % heads.key_heads == 0
-            and self._words.shape == (config["vocab_size"], width)
-        )
 
     @property
     def width(self) -> int:
@@ -196,39 +174,73 @@ def _rotation(width: int, theta: float, positions: int, device: torch.device) ->
     return angles.cos(), angles.sin()
 
 
-def _is_plain(config: dict[str, Any]) -> bool:
+def _heads_of(config: dict[str, Any]) -> tuple[int, int, int]:
+    """Number of heads, of heads of keys and values, and a head's width."""
+    heads = int(config["num_attention_heads"])
+    key_heads = int(config.get("num_key_value_heads") or heads)
+    return heads, key_heads, int(config.get("head_dim") or int(config["hidden_size"]) // heads)
+
+
+def _check_plain(config: dict[str, Any]) -> None:
+    if config.get("model_type") not in ("llama", "qwen2"):
+        raise NotPlainError(f"model_type is {config.get('model_type')!r}")
+    if config.get("hidden_act", "silu") not in _ACTIVATIONS:
+        raise NotPlainError(f"hidden_act is {config['hidden_act']!r}")
+    if not set(config.get("layer_types") or ()) <= {"full_attention"}:
+        raise NotPlainError("layer_types has others than full_attention")
     parameters = config.get("rope_parameters") or {}
-    return (
-        config.get("model_type") in ("llama", "qwen2")
-        and config.get("hidden_act", "silu") in _ACTIVATIONS
-        and set(config.get("layer_types") or ()) <= {"full_attention"}
-        and set(parameters) <= {"rope_theta", "rope_type"}
-        and parameters.get("rope_type", "default") == "default"
-        and all(config.get(name) in (value, None) for name, value in _PLAIN.items())
+    if not set(parameters) <= {"rope_theta", "rope_type"} or parameters.get("rope_type", "default") != "default":
+        raise NotPlainError("rope_parameters are not the default ones")
+    for name, value in _PLAIN.items():
+        if config.get(name) not in (value, None):
+            raise NotPlainError(f"{name} is {config[name]!r}")
+    float(config["rms_norm_eps"])
+    _rope_theta(config)
+
+
+def _shapes(config: dict[str, Any], weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights, by name, that a config promises; a layer whose weights have a bias may have one."""
+    width, inner = int(config["hidden_size"]), int(config["intermediate_size"])
+    heads, key_heads, head_width = _heads_of(config)
+    if heads % key_heads:
+        raise ValueError("heads cannot be shared out")
+    queries, keys = heads * head_width, key_heads * head_width
+    shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (int(config["vocab_size"]), width)}
+    joined = (
+        {"self_attn.q_proj": (queries, width), "self_attn.k_proj": (keys, width), "self_attn.v_proj": (keys, width)},
+        {"self_attn.o_proj": (width, queries)},
+        {"mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width)},
+        {"mlp.down_proj": (width, inner)},
     )
+    norms = ["norm"]
+    for block in (f"layers.{number}" for number in range(int(config["num_hidden_layers"]))):
+        norms += [f"{block}.input_layernorm", f"{block}.post_attention_layernorm"]
+        for matrices in joined:
+            has_bias = any(f"{block}.{name}.bias" in weights for name in matrices)
+            for name, shape in matrices.items():
+                shapes[f"{block}.{name}.weight"] = shape
+                if has_bias:
+                    shapes[f"{block}.{name}.bias"] = shape[:1]
+    return shapes | {f"{name}.weight": (width,) for name in norms}
 
 
-def load_decoder(path: Path, dtype: torch.dtype, device: torch.device) -> Decoder | None:
-    """Loads a folder that holds a plain tower in one safetensors file; None where it does not, or is not whole.
+def load_decoder(path: Path, dtype: torch.dtype, device: torch.device) -> Decoder:
+    """Loads a folder that holds a plain tower in one safetensors file.
 
     Raises:
+        NotPlainError: it does not, or the file is not whole.
         ModelError: a weight is not finite.
     """
     config = read_json(path / "config.json")
-    if not _is_plain(config):
-        return None
-    try:
-        with safe_open(path / "model.safetensors", framework="pt") as file:
-            tensors = {
-                name.removeprefix("model."): file.get_tensor(name).to(device)
-                for name in file.keys()  # noqa: SIM118 (not a mapping)
-                if name != "lm_head.weight"
-            }
-        decoder = Decoder(config, tensors, dtype)
-        fits = decoder.fits(config)
-    except (OSError, SafetensorError, KeyError, RuntimeError, TypeError, ValueError):
-        return None  # the general way says what is wrong
-    if not fits:
-        return None
+    with plain_config():
+        _check_plain(config)
+    tensors = read_weights(path, device, _name_of)
+    with plain_config():
+        shapes = _shapes(config, tensors)
+    check_shapes(tensors, shapes)
     check_finite(tensors.items(), path)
-    return decoder
+    return Decoder(config, tensors, dtype)
+
+
+def _name_of(stored: str) -> str | None:
+    return None if stored == "lm_head.weight" else stored.removeprefix("model.")

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertModel
 
 from flipkd.models.bert import load_bert
+from flipkd.models.plain import NotPlainError
 
 from .conftest import packed, random_model
 
@@ -34,7 +35,6 @@ def change_config(folder: Path, **changes: Any) -> None:
 def test_equals_transformers(folder: Path, activation: str, shape: tuple[int, int]) -> None:
     change_config(folder, hidden_act=activation)
     bert = load_bert(folder, torch.float32, CPU)
-    assert bert is not None
     ids = torch.randint(0, 600, shape, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         expected = BertModel.from_pretrained(folder, dtype=torch.float32).eval()(input_ids=ids).last_hidden_state
@@ -52,33 +52,36 @@ def test_names_of_older_files(folder: Path) -> None:
     file.unlink()
     save_file({**renamed, "bert.embeddings.position_ids": torch.arange(128)[None]}, file)
     older = load_bert(folder, torch.float32, CPU)
-    assert plain is not None
-    assert older is not None
     assert torch.equal(packed(plain, ids), packed(older, ids))
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "reason"),
     [
-        {"is_decoder": True},
-        {"position_embedding_type": "relative_key"},
-        {"hidden_act": "silu"},
-        {"auto_map": {"AutoModel": "code.Model"}},
-        {"model_type": "roberta"},
-        {"num_hidden_layers": 3},
-        {"intermediate_size": 47},
-        {"max_position_embeddings": 64},
+        ({"is_decoder": True}, "is_decoder is True"),
+        ({"position_embedding_type": "relative_key"}, "position_embedding_type"),
+        ({"hidden_act": "silu"}, "hidden_act is"),
+        ({"auto_map": {"AutoModel": "code.Model"}}, "auto_map"),
+        ({"model_type": "roberta"}, "model_type is 'roberta'"),
+        ({"num_hidden_layers": 3}, "is missing"),
+        ({"intermediate_size": 47}, "not of the shape"),
+        ({"max_position_embeddings": 64}, "position_embeddings.weight is not of the shape"),
+        ({"num_attention_heads": 5}, "not known"),
+        ({"num_attention_heads": 0}, "not known"),
     ],
     ids=str,
 )
-def test_anything_else_is_left_to_transformers(folder: Path, changes: dict[str, Any]) -> None:
+def test_anything_else_is_left_to_transformers(folder: Path, changes: dict[str, Any], reason: str) -> None:
     change_config(folder, **changes)
-    assert load_bert(folder, torch.float32, CPU) is None
+    with pytest.raises(NotPlainError, match=reason):
+        load_bert(folder, torch.float32, CPU)
 
 
 def test_broken_weights_are_left_to_transformers(folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    assert load_bert(folder, torch.float32, CPU) is None
+    with pytest.raises(NotPlainError, match="cannot be read"):
+        load_bert(folder, torch.float32, CPU)
     file.unlink()
-    assert load_bert(folder, torch.float32, CPU) is None
+    with pytest.raises(NotPlainError, match="not in one model"):
+        load_bert(folder, torch.float32, CPU)

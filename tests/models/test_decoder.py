@@ -13,6 +13,7 @@ from transformers import AutoModel
 
 from flipkd.kernels.encoder_ops import Texts
 from flipkd.models.decoder import load_decoder
+from flipkd.models.plain import NotPlainError
 
 from .conftest import packed, random_model
 
@@ -33,7 +34,6 @@ def change_config(folder: Path, **changes: Any) -> None:
 @pytest.mark.parametrize("shape", [(1, 1), (3, 17), (1, 700)])
 def test_equals_transformers(folder: Path, shape: tuple[int, int]) -> None:
     decoder = load_decoder(folder, torch.float32, CPU)
-    assert decoder is not None
     ids = torch.randint(0, 600, shape, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         expected = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()(input_ids=ids).last_hidden_state
@@ -45,8 +45,6 @@ def test_low_precision_is_close_and_mixing_lengths_changes_nothing(
     folder: Path, dtype: torch.dtype, least: float
 ) -> None:
     exact, decoder = load_decoder(folder, torch.float32, CPU), load_decoder(folder, dtype, CPU)
-    assert exact is not None
-    assert decoder is not None
     ids = torch.randint(0, 600, (40,), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         wanted, found = (model(ids, Texts(np.array([3, 7, 30]), CPU)).float() for model in (exact, decoder))
@@ -56,29 +54,34 @@ def test_low_precision_is_close_and_mixing_lengths_changes_nothing(
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "reason"),
     [
-        {"model_type": "mistral"},
-        {"hidden_act": "tanh"},
-        {"auto_map": {"AutoModel": "code.Model"}},
-        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}},
-        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
-        {"layer_types": ["full_attention", "sliding_attention"]},
-        {"use_sliding_window": True},
-        {"num_hidden_layers": 3},
-        {"intermediate_size": 47},
-        {"num_key_value_heads": 1},
+        ({"model_type": "mistral"}, "model_type"),
+        ({"hidden_act": "tanh"}, "hidden_act"),
+        ({"auto_map": {"AutoModel": "code.Model"}}, "auto_map"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}}, "rope_parameters"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"num_hidden_layers": 3}, "is missing"),
+        ({"intermediate_size": 47}, "not of the shape"),
+        ({"num_key_value_heads": 1}, "k_proj.weight is not of the shape"),
+        ({"num_attention_heads": 3}, "not known"),
+        ({"rms_norm_eps": None}, "not known"),
     ],
     ids=str,
 )
-def test_anything_else_is_left_to_transformers(folder: Path, changes: dict[str, Any]) -> None:
+def test_anything_else_is_left_to_transformers(folder: Path, changes: dict[str, Any], reason: str) -> None:
     change_config(folder, **changes)
-    assert load_decoder(folder, torch.float32, CPU) is None
+    with pytest.raises(NotPlainError, match=reason):
+        load_decoder(folder, torch.float32, CPU)
 
 
 def test_broken_weights_are_left_to_transformers(folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    assert load_decoder(folder, torch.float32, CPU) is None
+    with pytest.raises(NotPlainError, match="cannot be read"):
+        load_decoder(folder, torch.float32, CPU)
     file.unlink()
-    assert load_decoder(folder, torch.float32, CPU) is None
+    with pytest.raises(NotPlainError, match="not in one model"):
+        load_decoder(folder, torch.float32, CPU)

@@ -49,7 +49,6 @@ def ids() -> Tensor:
 
 def run(folder: Path, dtype: torch.dtype, ids: Tensor) -> Tensor:
     decoder = load_decoder(folder, dtype, CPU)
-    assert decoder is not None
     with torch.inference_mode():
         return decoder(ids, TEXTS).float()
 
