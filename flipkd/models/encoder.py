@@ -18,7 +18,7 @@ import numpy as np
 from flipkd.errors import ConfigError
 from flipkd.models.batches import full_batches, packed_batches, tokenized_chunks
 from flipkd.models.device import GPU_STREAMS, MAX_TOKENS, TOKENIZER_THREADS, check_options, find_device
-from flipkd.models.folder import folder_fingerprint, read_folder
+from flipkd.models.folder import read_folder
 from flipkd.models.parallel import finite_rows, loaded_at_first_use, not_finite, run_batches
 from flipkd.models.progress import tell
 from flipkd.models.tokenizer import load_tokenizer, longest_input, text_tokenizer
@@ -72,7 +72,6 @@ class Encoder:
         dtype: "float32", "bf16" or "int8", what the transformer multiplies in; pooling and all after it are float32.
         device: where ``model`` runs.
         threads: how many batches run at once.
-        fingerprint: ``folder_fingerprint`` of the folder and the maximum length that was asked for.
     """
 
     def __init__(
@@ -88,7 +87,6 @@ class Encoder:
         dtype: str,
         device: torch.device,
         threads: int,
-        fingerprint: str,
     ) -> None:
         self._tokenizer = tokenizer
         self._model = model
@@ -100,7 +98,6 @@ class Encoder:
         self.dtype = dtype
         self.device = device
         self.threads = threads
-        self.fingerprint = fingerprint
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """Unit vectors float32 [N, dim] of N texts; see ``encode_texts``."""
@@ -272,5 +269,4 @@ def load_encoder(
         dtype=dtype,
         device=place,
         threads=GPU_STREAMS if place.type == "cuda" else threads or torch.get_num_threads(),
-        fingerprint=folder_fingerprint(settings.path, max_length),
     )

@@ -164,8 +164,8 @@ def recorded_template(folder: str | Path) -> tuple[str, Path] | None:
 def folder_fingerprint(folder: str | Path, max_length: int | None = None) -> str:
     """Hex hash over the names and contents of the files that decide an encoder's vectors, and over ``max_length``.
 
-    Loads nothing, and keeps nothing: a changed file gives another fingerprint. Equals ``load_encoder(...).fingerprint``
-    for the same arguments. What the transformer computes in (dtype) is not part of it.
+    Loads nothing, and keeps nothing: a changed file gives another fingerprint. What the transformer computes in (dtype)
+    is not part of it.
 
     Raises:
         ModelError: the folder is not a bi-encoder that can be loaded.

@@ -89,12 +89,13 @@ def encoder_fingerprint(options: EncoderOptions) -> str:
     return fingerprint({"folder": folder, "dtype": _ARITHMETIC[options.dtype]})
 
 
-def plan_encode(config: EncodeConfig, is_right: bool = False) -> EncodePlan:
+def plan_encode(config: EncodeConfig, is_right: bool = False, encoder: str | None = None) -> EncodePlan:
     """Lists the record files, looks at their schemas, and cuts them into units.
 
     Args:
         config: what was asked for.
         is_right: whether these are the right side's records: then messages name ``--right-...``.
+        encoder: ``encoder_fingerprint`` of the encoder, where the caller knows it already.
 
     Raises:
         ConfigError: a column is missing, the template does not parse, or the cache or the device cannot be used.
@@ -108,7 +109,8 @@ def plan_encode(config: EncodeConfig, is_right: bool = False) -> EncodePlan:
     schema = RecordSchema(config.id_column, config.text_template, is_right, told_by)
     shards = find_shards(records)
     skip = config.run.on_bad_shard == "skip"
-    encoder = encoder_fingerprint(config.encoder)
+    if encoder is None:
+        encoder = encoder_fingerprint(config.encoder)
     run_fingerprint = fingerprint(
         {
             "kind": "encode",

@@ -26,7 +26,7 @@ from flipkd.run.manifest import MANIFEST, UnitReport, glance
 from flipkd.run.observe import observed
 from flipkd.run.output import prepare, remove_folder, remove_otherwise_made
 from flipkd.run.overlap import refuse_other_kind
-from flipkd.run.plan_score import ScorePlan, plan_score, remove_stale
+from flipkd.run.plan_score import ENCODER_FACT, ScorePlan, plan_score, remove_stale
 from flipkd.run.score import ScoreTask, ScoreWorker
 from flipkd.run.texts import SAMPLE_ROWS, TEXT_COLUMN, TextsTask, TextsWorker, estimate_distinct, is_merged, merge_texts
 from flipkd.run.top_k import TopKTask, TopKWorker, compare_candidates
@@ -151,10 +151,12 @@ def _encode_inline(planned: ScorePlan) -> tuple[Plan, dict[str, Any]]:
         cache_limit_bytes=config.cache_limit_bytes,
         run=config.run,
     )
-    return encode_inline(planned.job, texts, work, encode)
+    return encode_inline(planned.job, texts, work, encode, planned.job.about[ENCODER_FACT])
 
 
-def encode_inline(job: Job, texts: TextsTask, work: Location, encode: EncodeConfig) -> tuple[Plan, dict[str, Any]]:
+def encode_inline(
+    job: Job, texts: TextsTask, work: Location, encode: EncodeConfig, encoder: str
+) -> tuple[Plan, dict[str, Any]]:
     """Lists the distinct texts of all units of a job over inline pairs, and encodes them into a store.
 
     Args:
@@ -162,6 +164,7 @@ def encode_inline(job: Job, texts: TextsTask, work: Location, encode: EncodeConf
         texts: what to list; ``output`` is below ``work``.
         work: folder for the lists and the texts; left for the caller to remove.
         encode: makes the store of the records ``work``/texts; the ids of the store are the texts' digests.
+        encoder: ``encoder_fingerprint`` of the encoder.
 
     Returns:
         The plan of the units whose texts are in the store (others could not be read and were skipped), and what the two
@@ -185,7 +188,7 @@ def encode_inline(job: Job, texts: TextsTask, work: Location, encode: EncodeConf
         # What an earlier run has made holds the texts of other units: some could not be read then, or cannot now.
         remove_folder(open_location(encode.output))
         merge_texts(texts.output, names, merged)
-    encoded = encode_planned(plan_encode(encode))
+    encoded = encode_planned(plan_encode(encode, encoder=encoder))
     return replace(job.plan, units=units), {"texts": summary(listed), "encode": summary(encoded)}
 
 

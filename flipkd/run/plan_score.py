@@ -91,7 +91,9 @@ def plan_score(config: ScoreConfig) -> ScorePlan:
         encoder = headers[0].get("encoder")  # None where a store does not tell
         id_kinds = [header["id_kind"] for header in headers]
     elif config.records is not None:
-        encodes = [plan_encode(encode_config(config, side), side.is_right) for side in config.record_sides]
+        for side in config.record_sides:
+            known = encodes[0].encoder_fingerprint if encodes else None
+            encodes.append(plan_encode(encode_config(config, side), side.is_right, known))
         encodes = [replace(plan, config=replace(plan.config, output=_store_folder(config, plan))) for plan in encodes]
         source = {"stores": [plan.fingerprint for plan in encodes]}
         encoder = encodes[0].encoder_fingerprint

@@ -135,7 +135,7 @@ def _encode(planned: TeachPlan, job: Job, work: Location, vectors: Location) -> 
         cache_limit_bytes=config.cache_limit_bytes,
         run=config.run,
     )
-    plan, stages = encode_inline(job, texts, work, encode)
+    plan, stages = encode_inline(job, texts, work, encode, planned.teacher.fingerprint)
     # Where units were skipped the vectors serve this run, and the next one makes them again.
     complete = len(plan.units) == len(planned.plan.units) and stages["encode"]["complete"]
     of = plan_fingerprint(planned.plan, planned.run_fingerprint) if complete else None

@@ -231,7 +231,6 @@ def _encoder_of(small_vocabulary: Tokenizer, model: Any, exact: Any) -> Encoder:
         dtype="bf16",
         device=torch.device("cpu"),
         threads=2,
-        fingerprint="",
     )
 
 

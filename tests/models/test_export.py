@@ -125,7 +125,7 @@ def test_the_folder_holds_the_cut_model_and_no_chat_template(llama_dir: Path, tm
     assert [path.name for path in tmp_path.iterdir()] == ["encoder"]
 
     before = folder_fingerprint(output)
-    assert before == load_encoder(output).fingerprint == facts["fingerprint"]
+    assert before == facts["fingerprint"]
     (output / "flipkd.json").write_text(json.dumps({**facts, "calibration": {"slope": 2.0, "intercept": 1.0}}))
     assert folder_fingerprint(output) == before
 

@@ -16,13 +16,16 @@ import pytest
 
 from flipkd.config import EncoderOptions, RunOptions, ScoreConfig
 from flipkd.errors import ConfigError, InputError
+from flipkd.models import folder as folder_module
 from flipkd.models.encoder import load_encoder
+from flipkd.models.folder import folder_fingerprint
 from flipkd.run.manifest import UnitReport
 from flipkd.run.pipeline import dry_run, score
 from flipkd.run.texts import TextsWorker
 from flipkd.run.units import WorkUnit
 from tests.run.conftest import RECORDS, World
 from tests.run.test_score import read_scores
+from tests.small_models import make_encoder
 
 
 def inline(tmp_path: Path, encoder: str, files: Sequence[pa.Table], **options: Any) -> ScoreConfig:
@@ -49,6 +52,20 @@ def test_distinct_texts_are_encoded_once_over_all_units(world: World, tmp_path: 
     np.testing.assert_allclose(found.column("score").to_numpy(), [world.cosine(row, row) for row in rows], atol=1e-5)
     assert found.column("left_text").to_pylist() == [left[row] for row in rows]
     assert sorted(os.listdir(tmp_path / "out/.flipkd")) == ["lock", "plan.json"]  # no text is left behind
+
+
+def test_the_encoder_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large one takes seconds, in every worker that does so too."""
+    hashed: list[str | Path] = []
+
+    def counting(folder: str | Path, max_length: int | None = None) -> str:
+        hashed.append(folder)
+        return folder_fingerprint(folder, max_length)
+
+    monkeypatch.setattr(folder_module, "folder_fingerprint", counting)
+    encoder = str(make_encoder(tmp_path / "encoder", 0))
+    score(inline(tmp_path, encoder, [texts(["a", "b"], ["a", "c"])]))
+    assert hashed == [encoder]
 
 
 @pytest.mark.parametrize("null_first", [True, False])
