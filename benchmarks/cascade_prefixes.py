@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import statistics
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from benchmarks.common import interleave
 from flipkd.assets import icd9_descriptions, smollm2_folder
 
+if TYPE_CHECKING:
+    from flipkd.models.llm_prompt import PromptedPairs
+    from flipkd.models.llm_torch import TorchEngine
+
 _CANDIDATES = 10
 _MOST_DIFFERENCE = 1e-3
+
+
+def computed_tokens(engine: TorchEngine, prompts: PromptedPairs) -> int:
+    """Tokens that prompts put through the model, padding left out."""
+    tasks = list(engine._tasks(prompts))
+    rows = sum(len(row.ids) for task in tasks for row in task.rows)
+    instruction = len(engine._prompt.before) if engine._shares and tasks else 0
+    return instruction + rows + sum(len(prefix) for task in tasks for prefix in task.prefixes)
 
 
 def sharing(
@@ -65,7 +77,7 @@ def sharing(
         )
         medians = {name: statistics.median(each) for name, each in seconds.items()}
         shared_seconds[version] = medians["shared"]
-        tokens = {name: engine.computed_tokens(prompts) for name, engine in engines.items()}
+        tokens = {name: computed_tokens(engine, prompts) for name, engine in engines.items()}
         for name in engines:
             rows.append(
                 {

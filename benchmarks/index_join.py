@@ -32,7 +32,8 @@ import pyarrow.parquet as pq  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 
 from benchmarks.common import interleave, report  # noqa: E402
-from flipkd.vectors.store import VectorStore, seal_store  # noqa: E402
+from flipkd.vectors.seal import seal_store  # noqa: E402
+from flipkd.vectors.store import VectorStore  # noqa: E402
 
 Rows = tuple[NDArray[Any], NDArray[Any]]
 Join = Callable[[], Rows]

@@ -52,7 +52,7 @@ def rows_of(part: int, count: int) -> npt.NDArray[np.int8]:
 
 def make_store(folder: Path, records: int) -> None:
     """A sealed store, its parts written and removed one by one."""
-    from flipkd.vectors.store import seal_store
+    from flipkd.vectors.seal import seal_store
 
     parts = []
     for part, first in enumerate(range(0, records, PART_ROWS)):

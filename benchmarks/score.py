@@ -131,7 +131,7 @@ class Inputs:
 def write_store(folder: Path, ids: pa.Array, vectors: npt.NDArray[np.float32], dtype: VectorDtype = "int8") -> None:
     """Seals a store of [N, d] unit vectors, as ``flipkd.encode`` does with those of an encoder."""
     from flipkd.vectors.rows import quantise
-    from flipkd.vectors.store import seal_store
+    from flipkd.vectors.seal import seal_store
 
     values = quantise(vectors, dtype).values
     count, width = len(values), values.itemsize * values.shape[1]

@@ -19,9 +19,9 @@ def check_cache(cache: str | None, limit_bytes: int | None) -> None:
             raise ConfigError("--cache-limit needs --cache")
 
 
-def check_cosine(name: str, value: float | None, why: str = "it is compared with the score, which is a cosine") -> None:
+def check_cosine(name: str, value: float | None) -> None:
     """Refuses what no cosine is compared with: a number below -1 or above 1, or NaN."""
-    _check_range(name, value, -1, why)
+    _check_range(name, value, -1, "it is compared with the score, which is a cosine")
 
 
 def check_probability(name: str, value: float | None, why: str) -> None:

@@ -36,7 +36,7 @@ from flipkd.distill.pairwise import (
     wide,
 )
 
-IGNORED_TARGET = -100  # as in torch.nn.functional.cross_entropy
+_COSENT_SCALE = 20.0  # the inverse of a temperature
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,9 +158,7 @@ def distill_pairs_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return errors.square().sum() / scored.sum().clamp(min=1)
 
 
-def distill_matrix_loss(
-    student_vectors: Tensor, teacher_vectors: Tensor, temperature: float = 0.05, rows: Tensor | None = None
-) -> Tensor:
+def distill_matrix_loss(student_vectors: Tensor, teacher_vectors: Tensor, temperature: float = 0.05) -> Tensor:
     """L_dist over the in-batch matrix: each text's similarities to all other texts, as the teacher distributes them.
 
     .. math::
@@ -175,9 +173,6 @@ def distill_matrix_loss(
         student_vectors: [N, d] floating, unit rows, of N distinct texts.
         teacher_vectors: [N, D] floating, unit rows, of the same texts.
         temperature: in units of the cosine, > 0; the same for both.
-        rows: the rows i to average over, as int64 positions [R] or a bool mask [N]; None for all. Columns are always
-            all N: a worker can compute its own rows over gathered vectors in R x N memory; the whole loss is the sum of
-            the workers' losses, each times R / N.
 
     Raises:
         ValueError: a temperature that is not > 0, or other shapes.
@@ -190,37 +185,33 @@ def distill_matrix_loss(
         )
     student_vectors = wide(student_vectors)
     teacher_vectors = teacher_vectors.detach().to(student_vectors)
-    positions = torch.arange(len(student_vectors), device=student_vectors.device)
-    chosen = positions if rows is None else positions[rows]
-    if len(chosen) == 0:
+    if len(student_vectors) == 0:
         return student_vectors.sum() * 0.0
     # A bf16 product would be wrong by 0.004 / 0.05 in the exponent, so autocast stays out.
     with torch.autocast(student_vectors.device.type, enabled=False):
-        student_scores = student_vectors[chosen] @ student_vectors.T
-        teacher_scores = teacher_vectors[chosen] @ teacher_vectors.T
-    others = chosen[:, None] != positions[None, :]
+        student_scores = student_vectors @ student_vectors.T
+        teacher_scores = teacher_vectors @ teacher_vectors.T
+    others = ~torch.eye(len(student_vectors), dtype=torch.bool, device=student_vectors.device)
     return divergences(student_scores / temperature, teacher_scores / temperature, others).mean()
 
 
-def cosent_loss(student: Tensor, target: Tensor, scale: float = 20.0) -> Tensor:
+def cosent_loss(student: Tensor, target: Tensor) -> Tensor:
     """CoSENT, a rank loss without margins, to compare with.
 
     .. math::
-        L = log(1 + sum_{t_i > t_j} exp(scale (s_j - s_i)))
+        L = log(1 + sum_{t_i > t_j} exp(20 (s_j - s_i)))
 
-    Source: Jianlin Su, https://kexue.fm/archives/8847; scale 20 is his, and sentence-transformers' default.
+    Source: Jianlin Su, https://kexue.fm/archives/8847; the scale 20 is his, and sentence-transformers' default.
 
     Args:
         student: [P] floating.
         target: [P] labels or teacher scores, larger is more alike; pairs with NaN are left out.
-        scale: > 0, the inverse of a temperature.
 
     Raises:
-        ValueError: a scale that is not > 0, or shapes that differ.
+        ValueError: shapes that differ.
     """
-    check_positive("scale", scale)
     checked_pairs(student, target, None)
-    return log_one_plus_sum(-scale * differences(wide(student)), above(target))
+    return log_one_plus_sum(-_COSENT_SCALE * differences(wide(student)), above(target))
 
 
 def margin_mse_loss(student: Tensor, teacher: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -280,14 +271,14 @@ def language_model_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """L_LM: cross entropy of the label's tokens in the joint prompt.
 
     .. math::
-        L = -1/n sum_i log softmax(logits_i)[targets_i]    over the n positions that are not ignored
+        L = -1/n sum_i log softmax(logits_i)[targets_i]
 
     To train the label's language-model loss along is the paper's idea; that no other token counts is our choice.
 
     Args:
         logits: [N, V] floating, already shifted: row i predicts targets[i]. Best only the rows that count: they are
             widened to float32 here.
-        targets: int64 [N], token ids, or -100 for a position that does not count (prompt, padding).
+        targets: int64 [N], token ids.
 
     Raises:
         ValueError: other shapes.
@@ -295,5 +286,5 @@ def language_model_loss(logits: Tensor, targets: Tensor) -> Tensor:
     shapes = f"{tuple(logits.shape)} and {tuple(targets.shape)}"
     if logits.ndim != 2 or targets.shape != logits.shape[:1]:
         raise ValueError(f"logits and targets must be [N, V] and [N], got {shapes}")
-    total = torch.nn.functional.cross_entropy(wide(logits), targets, ignore_index=IGNORED_TARGET, reduction="sum")
-    return total / (targets != IGNORED_TARGET).sum().clamp(min=1)
+    total = torch.nn.functional.cross_entropy(wide(logits), targets, reduction="sum")
+    return total / max(len(targets), 1)

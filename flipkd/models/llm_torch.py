@@ -168,13 +168,6 @@ class TorchEngine:
             sums[bad] = exact.label_log_probabilities(chosen)
         return np.where(np.isfinite(sums), sums, np.nan)
 
-    def computed_tokens(self, prompts: PromptedPairs) -> int:
-        """Tokens that prompts put through the model, padding left out."""
-        tasks = list(self._tasks(prompts))
-        rows = sum(len(row.ids) for task in tasks for row in task.rows)
-        instruction = len(self._prompt.before) if self._shares and tasks else 0
-        return instruction + rows + sum(len(prefix) for task in tasks for prefix in task.prefixes)
-
     def _run(self, prompts: PromptedPairs) -> np.ndarray:
         sums = np.full((len(prompts.own), 2), np.nan)
         own_threads = torch.get_num_threads()

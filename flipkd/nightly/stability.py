@@ -20,6 +20,7 @@ import numpy.typing as npt
 from scipy import stats
 
 _ADDED_TO_BIN = 0.5
+_CHANCE_LEVEL = 0.95
 
 
 def population_stability_index(tonight: npt.ArrayLike, last: npt.ArrayLike) -> float | None:
@@ -31,13 +32,13 @@ def population_stability_index(tonight: npt.ArrayLike, last: npt.ArrayLike) -> f
     return float(np.sum((p - q) * np.log(p / q)))
 
 
-def chance_limit(tonight: npt.ArrayLike, last: npt.ArrayLike, level: float = 0.95) -> float | None:
-    """What the index stays below in ``level`` of all cases if nothing has changed; None where there is no score."""
+def chance_limit(tonight: npt.ArrayLike, last: npt.ArrayLike) -> float | None:
+    """What the index stays below in 95 of 100 cases if nothing has changed; None where there is no score."""
     bins = len(np.asarray(tonight))
     sizes = [int(np.sum(counts)) for counts in (tonight, last)]
     if not all(sizes) or bins < 2:
         return None
-    return float(sum(1 / size for size in sizes) * stats.chi2.ppf(level, bins - 1))
+    return float(sum(1 / size for size in sizes) * stats.chi2.ppf(_CHANCE_LEVEL, bins - 1))
 
 
 def relative_change(tonight: float, last: float) -> float | None:

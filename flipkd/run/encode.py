@@ -204,7 +204,7 @@ def _for_workers(config: EncodeConfig) -> EncodeConfig:
 
 
 def _seal(planned: EncodePlan, output: Location, parts: Location, manifest: dict[str, Any]) -> dict[str, Any]:
-    from flipkd.vectors.store import seal_store
+    from flipkd.vectors.seal import seal_store
 
     started = time.perf_counter()
     done = [

@@ -36,6 +36,7 @@ from flipkd.vectors.rows import STORAGE, check_dtype
 SOURCE_KEY = b"flipkd.source"
 DIGEST_BYTES = 16
 
+_BATCH_ROWS = 65536  # held at a time
 _DIGESTS = "digests.bin"  # lives only while sealing
 
 
@@ -43,8 +44,6 @@ def seal_store(
     path: str | Path,
     parts: Sequence[str | Path],
     header: Mapping[str, Any],
-    *,
-    batch_rows: int = 65536,
 ) -> dict[str, Any]:
     """Stream `parts` into the store folder `path` and seal it; a store that was there is replaced.
 
@@ -58,7 +57,6 @@ def seal_store(
         header: "dtype", and whatever else store.json shall tell (encoder, template, max length, ...). Its "fingerprint"
             is the store's; without one the content_fingerprint is. "dim" matters only where there are no parts to tell
             it (else 1 is taken then).
-        batch_rows: rows held at a time.
 
     Returns:
         The header as stored; see VectorStore.
@@ -77,7 +75,7 @@ def seal_store(
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         shutil.rmtree(sealing, ignore_errors=True)
         sealing.mkdir(mode=0o700)
-        written = _write_rows(sealing, plan, dict(header), batch_rows)
+        written = _write_rows(sealing, plan, dict(header))
         files = layout.store_files(written)
         _allocate(sealing, files)
         written["counts"]["duplicate_records"] = _index(sealing, plan, written)
@@ -144,7 +142,7 @@ def _reading(part: str | Path) -> Iterator[None]:
         raise InputError(f"the part {part} cannot be read ({error}); remove it and {layout.AGAIN}") from error
 
 
-def _write_rows(sealing: Path, plan: _Plan, header: dict[str, Any], batch_rows: int) -> dict[str, Any]:
+def _write_rows(sealing: Path, plan: _Plan, header: dict[str, Any]) -> dict[str, Any]:
     """Write all files but the table, and return the header with everything but duplicate_records."""
     vector_type = pa.binary(plan.dim * STORAGE[header["dtype"]].itemsize)
     counts = np.zeros(4, np.int64)
@@ -156,7 +154,7 @@ def _write_rows(sealing: Path, plan: _Plan, header: dict[str, Any], batch_rows: 
         )
         if plan.kind == "bytes":
             offsets.write(np.zeros(1, np.uint64))
-        for part, batch in _batches(plan.parts, vector_type, batch_rows):
+        for part, batch in _batches(plan.parts, vector_type):
             ids = _plain_ids(batch.column("id"), plan.kind, part)
             status = np.asarray(batch.column("status"), np.uint8) & np.uint8(7)
             status |= np.asarray(ids.is_null(), np.uint8) * np.uint8(layout.STATUS_NULL_ID)
@@ -192,7 +190,7 @@ def _write_rows(sealing: Path, plan: _Plan, header: dict[str, Any], batch_rows: 
     }
 
 
-def _batches(parts: list[Path], vector_type: pa.DataType, batch_rows: int) -> Iterator[tuple[Path, pa.RecordBatch]]:
+def _batches(parts: list[Path], vector_type: pa.DataType) -> Iterator[tuple[Path, pa.RecordBatch]]:
     expected = {"vector": vector_type, "status": pa.uint8(), "text_digest": pa.binary(DIGEST_BYTES)}
     for part in parts:
         with ExitStack() as stack:
@@ -202,7 +200,7 @@ def _batches(parts: list[Path], vector_type: pa.DataType, batch_rows: int) -> It
             for name, wanted in expected.items():
                 if name not in schema.names or schema.field(name).type != wanted:
                     raise InputError(f"the part {part} has no column {name!r} of type {wanted}; {layout.AGAIN}")
-            batches = file.iter_batches(batch_rows, columns=["id", *expected])
+            batches = file.iter_batches(_BATCH_ROWS, columns=["id", *expected])
             while True:
                 with _reading(part):
                     batch = next(batches, None)

@@ -32,7 +32,6 @@ from flipkd.vectors.layout import (
 )
 from flipkd.vectors.mapped import map_file
 from flipkd.vectors.rows import STORAGE, VectorRows
-from flipkd.vectors.seal import seal_store
 
 __all__ = [
     "STATUS_INVALID_TEXT",
@@ -42,7 +41,6 @@ __all__ = [
     "VectorStore",
     "is_sealed",
     "read_header",
-    "seal_store",
 ]
 
 

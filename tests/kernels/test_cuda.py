@@ -24,10 +24,11 @@ from flipkd.kernels.pool_project import pool_project, reference
 from flipkd.models.encoder import load_encoder
 from flipkd.models.linear import Linear
 from flipkd.run.encode import encode
-from flipkd.vectors.rows import VectorRows, dequantise, quantise
+from flipkd.vectors.rows import VectorRows, quantise
 from flipkd.vectors.store import VectorStore
 from tests.conftest import WriteParquet
 from tests.small_models import make_base
+from tests.vectors.dequantise import dequantise
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
 

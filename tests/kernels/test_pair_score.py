@@ -11,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from benchmarks.pair_score import gather_multiply_sum
 from flipkd.errors import KernelError
 from flipkd.kernels import pair_score as kernel
 from flipkd.kernels.native import native
-from flipkd.kernels.pair_score import LEVELS, pair_score, reference
-from flipkd.vectors.rows import DTYPES, STORAGE, VectorRows, dequantise, quantise
+from flipkd.kernels.pair_score import LEVELS, pair_score
+from flipkd.vectors.rows import DTYPES, STORAGE, VectorRows, quantise
+from tests.vectors.dequantise import dequantise
 
 needs_library = pytest.mark.skipif(native() is None, reason="installed without a compiler")
 # every instruction set that this machine has, and the reference
@@ -336,5 +338,5 @@ def test_unknown_level_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_chunked_pytorch_peer_is_right() -> None:
     rows = torch.from_numpy(make_rows(40, 16))
     left, right = torch.from_numpy(np.random.default_rng(8).integers(0, 40, (2, 1001)))
-    got = reference.gather_multiply_sum(rows, rows, left, right, 64)
+    got = gather_multiply_sum(rows, rows, left, right, 64)
     torch.testing.assert_close(got, (rows[left] * rows[right]).sum(1))

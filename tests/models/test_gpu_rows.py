@@ -19,7 +19,8 @@ from flipkd.models.encoder import Encoder, load_encoder
 from flipkd.models.export import export_student
 from flipkd.models.folder import read_folder
 from flipkd.models.gpu_rows import are_finite, finished_rows, load_row_model
-from flipkd.vectors.rows import VectorRows, dequantise, quantise
+from flipkd.vectors.rows import VectorRows, quantise
+from tests.vectors.dequantise import dequantise
 
 from .conftest import MakeFolder, wrapped
 from .test_export import TEXTS, make_student

@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 
+from benchmarks.cascade_prefixes import computed_tokens
 from flipkd.errors import ConfigError, ModelError
 from flipkd.models import llm as llm_module
 from flipkd.models.adapter import FAMILIES, load_student, new_student, save_student
@@ -119,8 +120,9 @@ def test_what_sharing_saves_can_be_counted(llm_dir: Path) -> None:
     prompts = shared.tokenizer.tokenize(list(zip(*pairs, strict=True)))
     prompt = shared.tokenizer.prompt
     around = len(prompt.between) + len(prompt.after)
-    assert apart.engine.computed_tokens(prompts) == 4 * (len(prompt.before) + around) + 3 + 4 + 2 + 1  # type: ignore[attr-defined]
-    assert shared.engine.computed_tokens(prompts) == len(prompt.before) + 1 + 4 * around + 4 + 2 + 1  # type: ignore[attr-defined]
+    engines: list[Any] = [apart.engine, shared.engine]
+    assert computed_tokens(engines[0], prompts) == 4 * (len(prompt.before) + around) + 3 + 4 + 2 + 1
+    assert computed_tokens(engines[1], prompts) == len(prompt.before) + 1 + 4 * around + 4 + 2 + 1
 
 
 @pytest.mark.parametrize("max_tokens", [1, 150, 10_000])

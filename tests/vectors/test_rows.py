@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from flipkd.errors import ConfigError
-from flipkd.vectors.rows import DTYPES, VectorRows, dequantise, quantise
+from flipkd.vectors.rows import DTYPES, VectorRows, quantise
+from tests.vectors.dequantise import dequantise
 
 
 def unit_rows(rows: int, dim: int, seed: int = 0) -> NDArray[np.float32]:

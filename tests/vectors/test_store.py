@@ -22,7 +22,8 @@ from flipkd.vectors import mapped as mapped_module
 from flipkd.vectors import seal as seal_module
 from flipkd.vectors.mapped import HashedFile, map_file
 from flipkd.vectors.rows import quantise
-from flipkd.vectors.store import VectorStore, is_sealed, seal_store
+from flipkd.vectors.seal import seal_store
+from flipkd.vectors.store import VectorStore, is_sealed
 
 DIM = 6
 HEADER = {"dtype": "float32", "encoder": "abc", "template": None}
@@ -65,7 +66,10 @@ def write_part(
 
 class TestSeal:
     @pytest.mark.parametrize("dtype", ["float32", "bf16", "int8"])
-    def test_rows_status_and_ids_of_several_parts(self, tmp_path: Path, dtype: str) -> None:
+    def test_rows_status_and_ids_of_several_parts(
+        self, tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(seal_module, "_BATCH_ROWS", 2)
         vectors = vectors_of(7)
         vectors[2] = 0
         parts = [
@@ -77,7 +81,7 @@ class TestSeal:
                 tmp_path / "c", pa.array([-1, None, 2**53 + 1, 5]), dtype=dtype, vectors=vectors[3:], row_group_size=3
             ),
         ]
-        header = seal_store(tmp_path / "store", parts, HEADER | {"dtype": dtype}, batch_rows=2)
+        header = seal_store(tmp_path / "store", parts, HEADER | {"dtype": dtype})
         store = VectorStore.open(tmp_path / "store")
         assert store.header == header
         assert len(store) == 7
@@ -97,13 +101,14 @@ class TestSeal:
         [pa.string(), pa.large_string(), pa.binary(), pa.dictionary(pa.int32(), pa.string()), pa.string_view()],
         ids=str,
     )
-    def test_string_ids(self, tmp_path: Path, id_type: pa.DataType) -> None:
+    def test_string_ids(self, tmp_path: Path, id_type: pa.DataType, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(seal_module, "_BATCH_ROWS", 2)
         values = ["a", "a\0b", None, "a\0c", "ü"]
         array = (
             pa.array(values).dictionary_encode() if pa.types.is_dictionary(id_type) else pa.array(values).cast(id_type)
         )
         parts = [write_part(tmp_path / "a", array), write_part(tmp_path / "b", pa.array(["z", "\0"]))]
-        header = seal_store(tmp_path / "store", parts, HEADER, batch_rows=2)
+        header = seal_store(tmp_path / "store", parts, HEADER)
         assert header["id_kind"] == "bytes"
         store = VectorStore.open(tmp_path / "store")
         assert store.index.look_up(pa.array(["\0", "z", "ü", "a\0c", None, "a", "a\0b", ""])).tolist() == [
@@ -156,13 +161,15 @@ class TestSeal:
         assert store.index.look_up(pa.array(["x", None])).tolist() == [-1, -1]
         assert header["id_kind"] == ("bytes" if count else "null")
 
-    def test_fingerprint_tells_stores_apart(self, tmp_path: Path) -> None:
-        def sealed(name: str, ids: list[Any], batch_rows: int = 65536, **options: Any) -> str:
+    def test_fingerprint_tells_stores_apart(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def sealed(name: str, ids: list[Any], **options: Any) -> str:
             part = write_part(tmp_path / name, pa.array(ids), **options)
-            return str(seal_store(tmp_path / (name + "s"), [part], HEADER, batch_rows=batch_rows)["fingerprint"])
+            return str(seal_store(tmp_path / (name + "s"), [part], HEADER)["fingerprint"])
 
         first = sealed("a", [1, 2, 3])
-        assert sealed("b", [1, 2, 3], batch_rows=2) == first
+        with monkeypatch.context() as patch:
+            patch.setattr(seal_module, "_BATCH_ROWS", 2)
+            assert sealed("b", [1, 2, 3]) == first
         others = [
             sealed("c", [1, 2, 4]),
             sealed("d", ["1", "2", "3"]),

@@ -46,22 +46,3 @@ def _rows(rows: VectorRows, index: NDArray[np.int32] | NDArray[np.int64]) -> tor
     """Return rows[index] as float32; int8 rows stay integers, since their norms are divided out afterwards."""
     gathered = torch.from_numpy(rows.values[index])
     return (gathered.view(torch.bfloat16) if rows.dtype == "bf16" else gathered).float()
-
-
-def gather_multiply_sum(
-    left: torch.Tensor, right: torch.Tensor, left_index: torch.Tensor, right_index: torch.Tensor, chunk_pairs: int
-) -> torch.Tensor:
-    """Return [P] float32 dot products of float32 rows the way one writes it in PyTorch with care.
-
-    This is the peer of the benchmarks: chunked so that the gathered rows stay in the cache, into buffers made once.
-    """
-    pairs, dim = len(left_index), left.shape[1]
-    score = torch.empty(pairs)
-    left_rows, right_rows = torch.empty(chunk_pairs, dim), torch.empty(chunk_pairs, dim)
-    for start in range(0, pairs, chunk_pairs):
-        count = min(chunk_pairs, pairs - start)
-        a, b = left_rows[:count], right_rows[:count]
-        torch.index_select(left, 0, left_index[start : start + count], out=a)
-        torch.index_select(right, 0, right_index[start : start + count], out=b)
-        torch.sum(a.mul_(b), 1, out=score[start : start + count])
-    return score
