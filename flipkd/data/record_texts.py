@@ -17,11 +17,10 @@ from flipkd.data.location import Location
 from flipkd.data.records import DIGEST_BYTES, keyed_digests, render_texts
 from flipkd.data.shards import ShardReader
 from flipkd.data.template import template_fields
-from flipkd.errors import ColumnError, ConflictingRecordsError, InputError
-from flipkd.vectors.id_types import check_id_type, common_kind, plain
+from flipkd.errors import ConflictingRecordsError
+from flipkd.vectors.id_types import as_kind, check_id_type, check_ids_fit, common_kind
 
 _BATCH_ROWS = 1 << 16
-_ID_TYPES = {"int64": pa.int64(), "uint64": pa.uint64(), "bytes": pa.large_binary(), "null": pa.null()}
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class RecordTexts:
         # A column of nothing but nulls, or records without any: no id is found.
         if not len(self.ids) or pa.types.is_null(ids.type):
             return np.full(len(ids), -1, np.int64)
-        keys = pa.concat_arrays([pa.nulls(0, _ID_TYPES[self.kind]), *_keys(ids, self.kind).chunks])
+        keys = as_kind(ids, self.kind)
         numbers, order = self._sorted
         wanted = _numbers(keys)
         place = np.minimum(np.searchsorted(numbers, wanted), len(numbers) - 1)
@@ -78,26 +77,6 @@ def _numbers(ids: pa.Array) -> npt.NDArray[Any]:
         return np.asarray(ids.fill_null(0))
     digests = b"".join(digest or b"" for digest in keyed_digests(ids.fill_null(b""), b"flipkd ids"))
     return np.frombuffer(digests, np.uint64)[:: DIGEST_BYTES // 8]
-
-
-def check_ids_fit(id_type: pa.DataType, column: str, kind: str) -> None:
-    """Refuses ids of pairs that cannot be ids of the records.
-
-    Args:
-        id_type: of the pairs' column.
-        column: its name, for the message.
-        kind: of the records' ids.
-
-    Raises:
-        ColumnError: names the column and the way out.
-    """
-    own = check_id_type(id_type, column)
-    if "null" not in (own, kind) and (own == "bytes") != (kind == "bytes"):
-        theirs = "strings or binaries" if kind == "bytes" else "integers"
-        raise ColumnError(
-            f"column {column!r} is of type {id_type}, but the records' ids are {theirs}; cast one of them so that both "
-            "are integers or both are strings"
-        )
 
 
 def read_record_texts(location: Location, shards: Sequence[Shard], id_column: str, template: str) -> RecordTexts:
@@ -126,34 +105,12 @@ def read_record_texts(location: Location, shards: Sequence[Shard], id_column: st
         rows.append(table.num_rows)
     kinds = {check_id_type(chunk.type, id_column): shard.name for chunk, shard in zip(chunks, shards, strict=True)}
     kind = common_kind(kinds, id_column)
-    keys = []
-    for shard, column in zip(shards, chunks, strict=True):
-        key = _keys(column, kind)
-        if key.null_count > column.null_count:
-            raise InputError(f"{shard.name} has negative ids, others have uint64 ids; cast the id columns to one type")
-        keys += key.chunks
-    ids = pa.chunked_array(keys, _ID_TYPES[kind]).combine_chunks()
-    ids = pa.concat_arrays(ids.chunks) if isinstance(ids, pa.ChunkedArray) else ids
+    keys = [as_kind(column, kind, shard.name) for shard, column in zip(shards, chunks, strict=True)]
+    ids = pa.concat_arrays(keys)
     values, flags = pa.concat_arrays(texts), np.concatenate(invalid)
     first = _first_of_each(ids, values, flags, shards, rows)
     taken = pa.array(first)
     return RecordTexts(ids.take(taken), values.take(taken), flags[first], kind)
-
-
-def _keys(ids: pa.ChunkedArray, kind: str) -> pa.ChunkedArray:
-    """Ids in the one type of their kind; null where an integer is outside its range, so that it is found nowhere."""
-    chunks = []
-    for chunk in ids.chunks:
-        chunk = plain(chunk)
-        if pa.types.is_dictionary(chunk.type):
-            chunk = plain(chunk.dictionary_decode())
-        if kind == "uint64" and pa.types.is_signed_integer(chunk.type):
-            chunk = pc.if_else(pc.less(chunk, 0), pa.scalar(None, chunk.type), chunk)
-        elif kind == "int64" and chunk.type == pa.uint64():
-            largest = pa.scalar(2**63 - 1, pa.uint64())  # of the same type, or Arrow would compare both as int64
-            chunk = pc.if_else(pc.greater(chunk, largest), pa.scalar(None, chunk.type), chunk)
-        chunks.append(chunk.cast(_ID_TYPES[kind]))
-    return pa.chunked_array(chunks, _ID_TYPES[kind])
 
 
 def _first_of_each(

@@ -15,7 +15,7 @@ from flipkd.data.labels import read_labels
 from flipkd.data.location import Location
 from flipkd.data.shards import ShardReader
 from flipkd.errors import ConfigError, InputError
-from flipkd.vectors.id_types import check_id_type, plain
+from flipkd.vectors.id_types import as_kind, check_id_type, mixed_kinds
 
 # Options that name columns of a table of labels, for messages.
 LABEL_OPTIONS = "--key, --label-column and --weight-column"
@@ -43,40 +43,13 @@ class KeyColumn:
         Raises:
             ConfigError: the ids are of another kind.
         """
-        kind = check_id_type(column.type, self.name)
-        if (kind == "bytes") != (self.kind == "bytes") and "null" not in (kind, self.kind):
+        if mixed_kinds(dict.fromkeys([check_id_type(column.type, self.name), self.kind])):
             raise ConfigError(
                 f"key column {self.name!r} has type {column.type} in {source} and other ids in --labels; "
                 "cast one of them: both must be integers, or both strings"
             )
-        ids = _comparable(column, self.kind)
-        places = pc.index_in(ids, self.values, skip_nulls=True)
+        places = pc.index_in(as_kind(column, self.kind), self.values, skip_nulls=True)
         return np.asarray(places.fill_null(-1)).astype(np.int64)
-
-
-def _comparable(column: pa.ChunkedArray, kind: str) -> pa.Array:
-    """[N] ids in one type per kind; an integer that the kind cannot hold becomes null: no label has it."""
-    ids = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    if isinstance(ids, pa.ChunkedArray):
-        ids = pa.concat_arrays(ids.chunks)
-    ids = plain(ids)
-    if pa.types.is_dictionary(ids.type):
-        ids = plain(ids.dictionary_decode())
-    if kind == "null" or pa.types.is_null(ids.type):
-        return pa.nulls(len(ids), {"bytes": pa.large_binary(), "uint64": pa.uint64()}.get(kind, pa.int64()))
-    if kind == "bytes":
-        return ids.cast(pa.large_binary()) if not pa.types.is_fixed_size_binary(ids.type) else _variable(ids)
-    if kind == "int64" and ids.type == pa.uint64():
-        fits = pc.less_equal(ids, pa.scalar(2**63 - 1, pa.uint64()))
-        return pc.if_else(fits, ids, pa.scalar(None, pa.uint64())).cast(pa.int64())
-    if kind == "uint64" and ids.type != pa.uint64():
-        ids = ids.cast(pa.int64())
-        return pc.if_else(pc.greater_equal(ids, 0), ids, pa.scalar(None, pa.int64())).cast(pa.uint64())
-    return ids.cast(pa.uint64() if kind == "uint64" else pa.int64())
-
-
-def _variable(ids: pa.Array) -> pa.Array:
-    return ids.cast(pa.binary()).cast(pa.large_binary())
 
 
 @dataclass(frozen=True)
@@ -217,4 +190,4 @@ def read_label_table(
 
 def _key_column(column: pa.ChunkedArray, name: str) -> KeyColumn:
     kind = check_id_type(column.type, name)
-    return KeyColumn(name, kind, pc.unique(_comparable(column, kind)).drop_null())
+    return KeyColumn(name, kind, pc.unique(as_kind(column, kind)).drop_null())

@@ -34,7 +34,7 @@ from flipkd.run.record_schema import RecordSchema
 from flipkd.run.record_template import with_recorded_template
 from flipkd.run.store_folder import has_rest
 from flipkd.vectors.cache_tidy import forget_texts
-from flipkd.vectors.id_types import check_id_type, plain
+from flipkd.vectors.id_types import check_id_type, decoded
 from flipkd.vectors.layout import HEADER_FILE, SEALING_FOLDER, STORE_FILES
 from flipkd.vectors.store import VectorStore, is_sealed
 
@@ -112,9 +112,7 @@ def _read_ids(path: str, column: str) -> pa.Array:
 def _comparable(ids: pa.ChunkedArray, column: str) -> pa.Array:
     """[N] large_binary: strings and binaries as they are, integers in decimal digits."""
     check_id_type(ids.type, column)
-    array = plain(pa.concat_arrays(ids.chunks) if ids.num_chunks else pa.nulls(0, ids.type))
-    if pa.types.is_dictionary(array.type):
-        array = plain(array.dictionary_decode())
+    array = decoded(pa.concat_arrays(ids.chunks) if ids.num_chunks else pa.nulls(0, ids.type))
     if pa.types.is_integer(array.type):
         array = array.cast(pa.large_string())
     return array.cast(pa.large_binary())

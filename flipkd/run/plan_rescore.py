@@ -13,7 +13,6 @@ from flipkd.data.commit import read_json
 from flipkd.data.find import Shard, find_shards
 from flipkd.data.labels import read_labels
 from flipkd.data.location import Location, open_location
-from flipkd.data.record_texts import check_ids_fit
 from flipkd.data.records import as_text
 from flipkd.data.shards import ShardReader
 from flipkd.errors import ConfigError, InputError
@@ -27,6 +26,7 @@ from flipkd.run.rescore_config import RescoreConfig
 from flipkd.run.select import ScoreColumn
 from flipkd.run.units import Plan, fingerprint, plan_units
 from flipkd.urls import without_secrets
+from flipkd.vectors.id_types import check_ids_fit
 
 LLM_PROBABILITY, RESCORE_REASON = "llm_probability", "rescore_reason"
 _ADDED = (LLM_PROBABILITY, RESCORE_REASON)

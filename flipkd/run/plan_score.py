@@ -18,7 +18,6 @@ from flipkd.data.commit import read_json
 from flipkd.data.find import Shard, find_shards
 from flipkd.data.location import Location, open_location
 from flipkd.data.pairs import IDS_MISSING, TEXTS_MISSING
-from flipkd.data.record_texts import check_ids_fit
 from flipkd.data.records import as_text
 from flipkd.data.shards import ShardReader
 from flipkd.errors import ConfigError
@@ -31,6 +30,7 @@ from flipkd.run.output import remove_stale_work
 from flipkd.run.overlap import real_uri, refuse_overlap
 from flipkd.run.score import ScoreTask, ScoreWorker, output_columns
 from flipkd.run.units import Plan, fingerprint, plan_units, work_name
+from flipkd.vectors.id_types import check_ids_fit
 from flipkd.vectors.layout import check_files, is_sealed, read_header
 
 # Key of the manifest: fingerprint of the encoder whose scores these are.

@@ -13,7 +13,6 @@ from flipkd.data.find import Shard, find_shards
 from flipkd.data.labels import read_labels
 from flipkd.data.location import Location, open_location
 from flipkd.data.pairs import IDS_MISSING, TEXTS_MISSING
-from flipkd.data.record_texts import check_ids_fit
 from flipkd.data.records import as_text
 from flipkd.data.shards import ShardReader
 from flipkd.data.teacher_scores import TEACHER_COLUMNS, TeacherFacts
@@ -27,6 +26,7 @@ from flipkd.run.job import check_device
 from flipkd.run.join import JOIN_REASON, RecordTable, record_tables
 from flipkd.run.overlap import refuse_overlap
 from flipkd.run.units import Plan, fingerprint, plan_units
+from flipkd.vectors.id_types import check_ids_fit
 
 _LABEL_ROWS = 1 << 18
 

@@ -16,10 +16,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from flipkd.errors import ColumnError, InputError
+from flipkd.errors import InputError
 from flipkd.kernels.native import native
 from flipkd.vectors import index_reference as reference
-from flipkd.vectors.id_types import check_id_type, plain
+from flipkd.vectors.id_types import check_ids_fit, plain
 from flipkd.vectors.mapped import map_file
 
 Array = NDArray[Any]
@@ -97,12 +97,7 @@ class IdIndex:
             ColumnError: a type that cannot be an id, or integers against a store of strings or the other way round.
             InputError: the index is damaged: it answers with a row that is not there.
         """
-        kind = check_id_type(ids.type, column)
-        if "null" not in (kind, self.kind) and (kind == "bytes") != (self.kind == "bytes"):
-            raise ColumnError(
-                f"column {column!r} is of type {ids.type}, but the records' ids are of type {self.id_type}; "
-                "cast one of them so that both are integers or both are strings"
-            )
+        check_ids_fit(ids.type, column, self.kind, f"of type {self.id_type}")
         chunks = ids.chunks if isinstance(ids, pa.ChunkedArray) else [ids]
         out = np.empty(len(ids), np.int32 if self.rows < 2**31 else np.int64)
         start = 0

@@ -22,13 +22,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from flipkd.errors import ConflictingRecordsError, InputError, OutputError
 from flipkd.vectors import layout
-from flipkd.vectors.id_types import check_id_type, plain
+from flipkd.vectors.id_types import as_kind, check_id_type, mixed_kinds, widest_kind
 from flipkd.vectors.index import MAX_ROWS, build_index
 from flipkd.vectors.mapped import PIECE_BYTES, HashedFile, map_file
 from flipkd.vectors.rows import STORAGE, check_dtype
@@ -124,11 +123,10 @@ def _plan(parts: Sequence[str | Path], header: Mapping[str, Any]) -> _Plan:
         rows += footer.num_rows
     if rows > MAX_ROWS:
         raise InputError(f"{rows} records are more than the {MAX_ROWS} that one store holds; split the records table")
-    known = [kind for kind in kinds if kind != "null"]
-    if "bytes" in known and len(known) > 1:
-        (one, one_path), (other, other_path) = (kinds[kind] for kind in known[:2])
+    if mixed := mixed_kinds(kinds):
+        (one, one_path), (other, other_path) = (kinds[kind] for kind in mixed)
         raise InputError(f"the ids in {one_path} are of type {one}, those in {other_path} of type {other}; cast one")
-    kind = "uint64" if "uint64" in known else next(iter(known), "null")
+    kind = widest_kind(kinds)
     id_type = kinds[kind][0] if kinds else pa.null()
     return _Plan([Path(part) for part in parts], first_rows, sources, rows, dim, kind, str(id_type))
 
@@ -155,7 +153,7 @@ def _write_rows(sealing: Path, plan: _Plan, header: dict[str, Any]) -> dict[str,
         if plan.kind == "bytes":
             offsets.write(np.zeros(1, np.uint64))
         for part, batch in _batches(plan.parts, vector_type):
-            ids = _plain_ids(batch.column("id"), plan.kind, part)
+            ids = as_kind(batch.column("id"), plan.kind, f"the part {part}")
             status = np.asarray(batch.column("status"), np.uint8) & np.uint8(7)
             status |= np.asarray(ids.is_null(), np.uint8) * np.uint8(layout.STATUS_NULL_ID)
             counts += [np.count_nonzero(status & bit) for bit in (1, 2, 4, 8)]
@@ -209,17 +207,6 @@ def _batches(parts: list[Path], vector_type: pa.DataType) -> Iterator[tuple[Path
                 if batch.column("vector").null_count or batch.column("status").null_count:
                     raise InputError(f"the part {part} has null vectors or status; {layout.AGAIN}")
                 yield part, batch
-
-
-def _plain_ids(ids: pa.Array, kind: str, part: Path) -> pa.Array:
-    ids = plain(ids)
-    if pa.types.is_dictionary(ids.type):
-        ids = plain(ids.dictionary_decode())
-    if kind == "null":
-        return ids
-    if kind == "uint64" and pa.types.is_signed_integer(ids.type) and (pc.min(ids).as_py() or 0) < 0:
-        raise InputError(f"the part {part} has negative ids, others have uint64 ids; cast the id columns to one type")
-    return ids.cast({"int64": pa.int64(), "uint64": pa.uint64(), "bytes": pa.large_binary()}[kind])
 
 
 def _fixed_bytes(array: pa.Array) -> NDArray[np.uint8]:
