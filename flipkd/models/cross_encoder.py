@@ -26,7 +26,7 @@ from flipkd.models.parallel import loaded_at_first_use, not_finite, run_batches
 from flipkd.models.progress import tell
 from flipkd.models.teacher import CrossEncoderFolder, Scale, read_cross_encoder
 from flipkd.models.tokenizer import load_tokenizer, longest_input
-from flipkd.models.tokens import TokenizedTexts
+from flipkd.models.tokens import TokenizedTexts, distinct_of
 from flipkd.models.trust import check_code
 
 if TYPE_CHECKING:
@@ -103,10 +103,7 @@ class CrossEncoder:
             max_tokens = MAX_TOKENS[self.device.type]
         if max_tokens < 1:
             raise ConfigError(f"max_tokens must be at least 1, not {max_tokens}")
-        first_places: dict[tuple[str, str], int] = {}
-        pairs = list(zip(left, right, strict=True))
-        rows = np.fromiter((first_places.setdefault(pair, len(first_places)) for pair in pairs), np.int64, len(pairs))
-        distinct = list(first_places)
+        distinct, rows = distinct_of(list(zip(left, right, strict=True)))
         logits: np.ndarray | None = None
         truncated = np.zeros(len(distinct), dtype=np.bool_)
         tokens = np.zeros(len(distinct), dtype=np.int32)

@@ -22,7 +22,7 @@ from flipkd.models.folder import read_folder
 from flipkd.models.parallel import finite_rows, loaded_at_first_use, not_finite, run_batches
 from flipkd.models.progress import tell
 from flipkd.models.tokenizer import load_tokenizer, longest_input, text_tokenizer
-from flipkd.models.tokens import TextTokenizer, TokenizedTexts
+from flipkd.models.tokens import TextTokenizer, TokenizedTexts, distinct_of
 from flipkd.models.trust import check_code
 from flipkd.models.vector_size import output_width
 from flipkd.vectors.rows import STORAGE, VectorRows, quantise
@@ -163,9 +163,7 @@ class Encoder:
             max_tokens = MAX_TOKENS[self.device.type]
         if max_tokens < 1:
             raise ConfigError(f"max_tokens must be at least 1, not {max_tokens}")
-        first_places: dict[str, int] = {}
-        rows = np.fromiter((first_places.setdefault(text, len(first_places)) for text in texts), np.int64, len(texts))
-        distinct = list(first_places)
+        distinct, rows = distinct_of(texts)
         vectors = np.zeros((len(distinct), self.dim), kind)
         truncated = np.zeros(len(distinct), dtype=np.bool_)
         tokens = np.zeros(len(distinct), dtype=np.int32)

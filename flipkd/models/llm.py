@@ -23,6 +23,7 @@ from flipkd.models.llm_prompt import TRAINED_PROMPTS, PromptedPairs, PromptToken
 from flipkd.models.options import PROMPT_VERSIONS, saved_options
 from flipkd.models.parallel import not_finite
 from flipkd.models.settings import read_json
+from flipkd.models.tokens import distinct_of
 from flipkd.models.trust import check_code, check_weights, known_form
 
 logger = logging.getLogger(__name__)
@@ -102,10 +103,7 @@ class PairLlm:
         Raises:
             ModelError: the model gives numbers that are not finite, in float32 too; names the places of the pairs.
         """
-        first_places: dict[tuple[str, str], int] = {}
-        pairs = list(zip(left, right, strict=True))
-        rows = np.fromiter((first_places.setdefault(pair, len(first_places)) for pair in pairs), np.int64, len(pairs))
-        distinct = list(first_places)
+        distinct, rows = distinct_of(list(zip(left, right, strict=True)))
         count = len(distinct)
         asked = distinct + [(right, left) for left, right in distinct] if self.both_orders else distinct
         prompts = self.tokenizer.tokenize(asked)

@@ -15,7 +15,7 @@ from typing import Any
 
 from flipkd.data.json_files import read_option_file
 from flipkd.errors import ConfigError, ModelError
-from flipkd.models.pair_tokens import shares
+from flipkd.models.pair_tokens import PairTexts
 from flipkd.models.tokens import PROBES, TextTokenizer, plain_copy
 
 _FIELDS = ("left", "right")
@@ -212,33 +212,22 @@ class PromptTokenizer:
 
     def __init__(self, prompt: PairPrompt, tokenizer: Any, max_length: int) -> None:
         self.prompt = prompt
-        self._texts = TextTokenizer(
+        texts = TextTokenizer(
             tokenizer.backend_tokenizer, max_length=None, adds_special_tokens=False, unknown=tokenizer.unk_token_id
         )
-        self._cuts_left = tokenizer.truncation_side == "left"
         self.max_length = max_length
-        self._room = max_length - prompt.longest
-        if self._room < 2:
+        room = max_length - prompt.longest
+        if room < 2:
             raise ModelError(
                 f"--max-length {max_length} leaves no room for two texts: the prompt alone has {prompt.tokens} tokens"
             )
+        self._texts = PairTexts(texts, room, tokenizer.truncation_side == "left")
 
     def tokenize(self, pairs: Sequence[tuple[str, str]]) -> PromptedPairs:
         """Tokenises pairs (left, right); each distinct text once."""
-        places: dict[str, int] = {}
-        for pair in pairs:
-            for text in pair:
-                places.setdefault(text, len(places))
-        bodies = self._texts.tokenize(list(places)).ids
         shared, own, truncated = [], [], []
-        for left_text, right_text in pairs:
-            left, right = bodies[places[left_text]], bodies[places[right_text]]
-            kept = shares(len(left), len(right), self._room)
-            truncated.append(kept != (len(left), len(right)))
-            left, right = self._cut(left, kept[0]), self._cut(right, kept[1])
+        for left, right, cut in self._texts.tokenize(pairs):
+            truncated.append(cut)
             shared.append(self.prompt.shared(left, right))
             own.append(self.prompt.own(left, right))
         return PromptedPairs(shared, own, truncated)
-
-    def _cut(self, body: list[int], room: int) -> list[int]:
-        return body[len(body) - room :] if self._cuts_left else body[:room]

@@ -7,14 +7,14 @@ smuggles in is plain text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from flipkd.errors import ModelError
-from flipkd.models.tokens import PROBES, TextTokenizer, TokenizedTexts, plain_copy
+from flipkd.models.tokens import PROBES, TextTokenizer, TokenizedTexts, distinct_of, plain_copy
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,32 @@ class _Template:
         ]
 
 
+class PairTexts:
+    """Both texts of each pair to token ids, cut so that both together have room.
+
+    Args:
+        texts: tokenises a text alone.
+        room: most tokens of both; None for no limit.
+        cuts_left: drop the starts of texts that are too long instead of their ends.
+    """
+
+    def __init__(self, texts: TextTokenizer, room: int | None, cuts_left: bool) -> None:
+        self._texts, self._room, self._cuts_left = texts, room, cuts_left
+
+    def tokenize(self, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[list[int], list[int], bool]]:
+        """Left ids, right ids and whether a text was cut, of each pair; each distinct text is tokenised once."""
+        texts, places = distinct_of([text for pair in pairs for text in pair])
+        bodies = self._texts.tokenize(texts).ids
+        for left_place, right_place in places.reshape(-1, 2).tolist():
+            left, right = bodies[left_place], bodies[right_place]
+            whole = len(left), len(right)
+            kept = whole if self._room is None else shares(*whole, self._room)
+            yield self._cut(left, kept[0]), self._cut(right, kept[1]), kept != whole
+
+    def _cut(self, body: list[int], room: int) -> list[int]:
+        return body[len(body) - room :] if self._cuts_left else body[:room]
+
+
 class PairTokenizer:
     """Tokenises pairs for one cross-encoder.
 
@@ -69,32 +95,21 @@ class PairTokenizer:
     def __init__(
         self, backend: Tokenizer, *, max_length: int | None, lower_case: bool, cuts_left: bool, unknown: int | None
     ) -> None:
-        self._texts = TextTokenizer(
+        texts = TextTokenizer(
             backend, max_length=None, adds_special_tokens=False, lower_case=lower_case, unknown=unknown
         )
         self._template = _template(plain_copy(backend, lower_case))
-        self._cuts_left = cuts_left
-        self._room = None if max_length is None else max_length - self._template.tokens
-        if self._room is not None and self._room < 2:
+        room = None if max_length is None else max_length - self._template.tokens
+        if room is not None and room < 2:
             raise ModelError(
                 f"max_length {max_length} leaves no room for two texts beside the special tokens; raise it"
             )
+        self._texts = PairTexts(texts, room, cuts_left)
 
     def tokenize(self, pairs: Sequence[tuple[str, str]]) -> TokenizedPairs:
         """Tokenises pairs; each distinct text once. Ids in the order of the pairs."""
-        places: dict[str, int] = {}
-        for pair in pairs:
-            for text in pair:
-                places.setdefault(text, len(places))
-        bodies = self._texts.tokenize(list(places)).ids
         ids, truncated, left_tokens = [], [], []
-        for left_text, right_text in pairs:
-            left, right = bodies[places[left_text]], bodies[places[right_text]]
-            cut = self._room is not None and len(left) + len(right) > self._room
-            if cut:
-                assert self._room is not None
-                left_room, right_room = shares(len(left), len(right), self._room)
-                left, right = self._cut(left, left_room), self._cut(right, right_room)
+        for left, right, cut in self._texts.tokenize(pairs):
             ids.append(self._template.ids(left, right))
             truncated.append(cut)
             left_tokens.append(len(left))
@@ -103,9 +118,6 @@ class PairTokenizer:
     def type_ids(self, left_tokens: Sequence[int], length: int) -> np.ndarray:
         """Token type ids int64 [pairs, length] of pairs of ``length`` tokens."""
         return np.array([self._template.types(count, length) for count in left_tokens], dtype=np.int64)
-
-    def _cut(self, body: list[int], room: int) -> list[int]:
-        return body[len(body) - room :] if self._cuts_left else body[:room]
 
 
 def shares(left: int, right: int, room: int) -> tuple[int, int]:

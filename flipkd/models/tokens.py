@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,8 @@ from tokenizers.normalizers import Lowercase
 from tokenizers.normalizers import Sequence as NormalizerSequence
 
 from flipkd.errors import ModelError
+
+_Item = TypeVar("_Item", bound=Hashable)
 
 PROBES = ("flipkd probe 0", "Wholly different: 17 | b")
 
@@ -217,6 +220,13 @@ class TextTokenizer:
         while count < min(len(first), len(second)) and first[-1 - count] == second[-1 - count]:
             count += 1
         return first[len(first) - count :] if 0 < count < min(len(first), len(second)) else []
+
+
+def distinct_of(items: Sequence[_Item]) -> tuple[list[_Item], NDArray[np.int64]]:
+    """The different ones of N texts or pairs, in the order of their first places, and the place there of each, [N]."""
+    first_places: dict[_Item, int] = {}
+    places = np.fromiter((first_places.setdefault(item, len(first_places)) for item in items), np.int64, len(items))
+    return list(first_places), places
 
 
 def offsets_in_texts(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
