@@ -1,4 +1,4 @@
-"""Columns of a table as NumPy arrays."""
+"""A table's columns as numbers, and rows of it taken by their places, whatever the columns' types."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class ShardWriter:
                     self._unnamed = TemporaryFile()  # noqa: SIM115 (closed with the writer)
                     self._path = f"/dev/fd/{self._unnamed.fileno()}"
                 self._sink = pa.OSFile(self._path, "wb")
-                # Checksums: whoever reads the file sees a bit that has turned over since (see the README for the cost).
+                # Checksums: whoever reads the file sees a bit that has turned over since.
                 self._writer = pq.ParquetWriter(self._sink, schema, write_page_checksum=True, **options)
                 self._writer.add_key_value_metadata(metadata)
         except BaseException:
@@ -173,7 +173,7 @@ def sync(path: str) -> None:
 
 
 def write_options(first: pa.Table) -> dict[str, Any]:
-    """How scores are written: chosen by measurement for speed at a sane size (see the README).
+    """How scores are written: chosen by measurement for speed at a sane size.
 
     Integers as differences (delta encoding) where they span less than 40 bits: record ids do not repeat enough for a
     dictionary, and wider ones do not shrink. Scores hardly compress at all. Statistics would put ids into footers.

@@ -1,4 +1,4 @@
-"""Runs work units on a Ray cluster. The only file that imports Ray.
+"""Runs work units on a Ray cluster. With ``cluster_metrics.py``, the only file of a job that imports Ray.
 
 Ray Data drives a pool of actors over the units: it scales the pool between its bounds, replaces actors whose process
 or node died, tries their units again up to a limit, and ends a job that makes no progress. A bare

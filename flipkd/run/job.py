@@ -140,7 +140,7 @@ def _execute(job: Job, pending: Sequence[WorkUnit], listener: Callable[[WorkUnit
         return
     skip = job.run.on_bad_shard == "skip"
     if job.run.ray is not None:
-        from flipkd.run.cluster import run_cluster  # the only import of Ray
+        from flipkd.run.cluster import run_cluster  # imports Ray, which jobs without it need not have
 
         yield from run_cluster(
             job.make_worker,
