@@ -6,6 +6,7 @@ Triton reads TRITON_INTERPRET when it is imported, so test_gpu.py runs this file
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from flipkd.kernels.native import native
 from flipkd.kernels.pair_score import gpu, pair_score
+from flipkd.vectors.mapped import map_file
 from flipkd.vectors.rows import DTYPES, VectorRows, quantise
 
 ROWS = 40
@@ -179,3 +181,31 @@ def test_no_pairs_and_no_rows() -> None:
     found = pair_score(empty, empty, nothing, nothing, min_score=0.0, backend="triton")
     assert found.position is not None
     assert len(found.position) == len(found.score) == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_a_store_are_copied_once_while_it_is_open(
+    tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, index = make_rows(12, dtype), np.arange(ROWS)[::-1]
+    own.values.tofile(tmp_path / "vectors.bin")
+    mapped = VectorRows(map_file(tmp_path / "vectors.bin", own.values.dtype).reshape(own.values.shape), dtype)
+    copied: list[VectorRows] = []
+    to_device = gpu.rows_to_device
+    monkeypatch.setattr(gpu, "rows_to_device", lambda rows: (copied.append(rows), to_device(rows))[1])
+    want = pair_score(own, own, index, index[::-1], backend="reference").score
+    for _ in range(3):
+        found = pair_score(mapped, mapped, index, index[::-1], backend="triton").score
+        np.testing.assert_allclose(found, want, atol=1e-6)
+    assert copied == [mapped]
+    copied.clear()
+    assert len(gpu._resident) == 1
+    del mapped
+    assert not gpu._resident  # the GPU's memory is given back with the store
+
+
+def test_rows_that_may_change_are_copied_for_every_call() -> None:
+    rows, index = make_rows(12, "float32"), np.zeros(1, np.int64)
+    first = pair_score(rows, rows, index, index, backend="triton").score
+    rows.values[0] = 0
+    assert pair_score(rows, rows, index, index, backend="triton").score[0] == 0 != first[0]

@@ -6,7 +6,10 @@ indices tries every size of a short list, and the fastest serves from then on.
 
 from __future__ import annotations
 
+import mmap
 import os
+import threading
+import weakref
 from typing import Any
 
 import numpy as np
@@ -23,6 +26,9 @@ _TUNED_FROM = 1 << 18  # pairs; a smaller call runs with the first of the config
 _COMPACT_BLOCK = 1024  # scores that a program counts or moves
 _SAMPLE = 1 << 14  # pairs that are looked at to see whether they come in runs
 _RUN = 4  # pairs per left row, on average, from which on the kernel for runs is taken
+
+_resident: dict[int, torch.Tensor] = {}  # rows on the GPU, by the id of those that they are a copy of
+_lock = threading.Lock()
 
 # The few shapes worth trying, by the compiler's register counts; each GPU tunes for itself (an H200 takes 32 pairs and
 # 4 warps). The first is the one for small calls.
@@ -64,6 +70,27 @@ def rows_to_device(rows: VectorRows) -> torch.Tensor:
     return (values.view(torch.bfloat16) if rows.dtype == "bf16" else values).to(device())
 
 
+def _rows_there(rows: VectorRows) -> torch.Tensor:
+    """The rows on the GPU: those of a mapped store once for as long as `rows` lives, since nobody can change them."""
+    if not _is_mapped(rows.values):
+        return rows_to_device(rows)
+    with _lock:
+        if id(rows) not in _resident:
+            _resident[id(rows)] = rows_to_device(rows)
+            weakref.finalize(rows, _resident.pop, id(rows), None)
+        return _resident[id(rows)]
+
+
+def _is_mapped(values: NDArray[Any]) -> bool:
+    """Whether an array is a view of a file that is mapped for reading alone."""
+    if values.flags.writeable:
+        return False
+    base: Any = values
+    while isinstance(base, np.ndarray):
+        base = base.base
+    return isinstance(base.obj if isinstance(base, memoryview) else base, mmap.mmap)
+
+
 def pair_score(
     left: VectorRows,
     right: VectorRows,
@@ -72,9 +99,13 @@ def pair_score(
     calibration: tuple[float, float] | None,
     min_score: float | None,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None, NDArray[np.int64] | None]:
-    """Copy rows and indices to the GPU, score, copy back. To score often, keep the rows there: `pair_score_tensors`."""
-    left_tensor = rows_to_device(left)
-    right_tensor = left_tensor if right is left else rows_to_device(right)
+    """Copy indices and rows to the GPU, score, copy back.
+
+    Rows of a mapped store stay there as long as the store is open: a job scores many batches of the same ones. To do so
+    with others: `pair_score_tensors`.
+    """
+    left_tensor = _rows_there(left)
+    right_tensor = left_tensor if right is left else _rows_there(right)
     score, probability, position = pair_score_tensors(
         left_tensor,
         right_tensor,
