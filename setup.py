@@ -9,6 +9,7 @@ There is no -march=native: the sources choose the instruction set at run time, s
 from __future__ import annotations
 
 import sys
+from glob import glob
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -33,9 +34,7 @@ setup(
                 "flipkd/kernels/encoder_ops/cpu.cpp",
                 "flipkd/vectors/index.cpp",
             ],
-            depends=[
-                f"flipkd/kernels/encoder_ops/{name}.h" for name in ("avx512", "attention_amx", "attention_layout")
-            ],
+            depends=sorted(glob("flipkd/kernels/**/*.h", recursive=True)),
             language="c++",
             extra_compile_args=["-O3", "-std=c++17", "-pthread", "-fno-math-errno", "-ffp-contract=off"],
             extra_link_args=["-pthread"] if sys.platform != "darwin" else [],

@@ -12,9 +12,9 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <thread>
 #include <type_traits>
-#include <vector>
+
+#include "../kernels/threads.h"
 
 namespace {
 
@@ -257,22 +257,19 @@ void look_up_bytes(const Keys& keys, const uint8_t* validity, int64_t validity_o
   }
 }
 
+// Calls work(first, last) for parts of [0, count).
 template <typename Work>
-void in_threads(int64_t count, int32_t threads, const Work& work) {
+void in_parts(int64_t count, int32_t threads, const Work& work) {
   constexpr int64_t kWorthAThread = 1 << 15;
   const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, count / kWorthAThread));
-  std::vector<std::thread> others;
-  for (int64_t t = 1; t < parts; ++t)
-    others.emplace_back([&work, count, parts, t] { work(count * t / parts, count * (t + 1) / parts); });
-  work(0, count / parts);
-  for (std::thread& other : others) other.join();
+  in_threads(parts, [&work, count, parts](int64_t t) { work(count * t / parts, count * (t + 1) / parts); });
 }
 
 template <typename T, typename Out>
 void look_up_ints_of(const void* values, const uint8_t* validity, int64_t validity_offset, int64_t count,
                      const IntBucket* table, uint64_t buckets, bool table_unsigned, Out* out, int32_t threads) {
   const T* typed = static_cast<const T*>(values);
-  in_threads(count, threads, [=](int64_t first, int64_t last) {
+  in_parts(count, threads, [=](int64_t first, int64_t last) {
     if (table_unsigned) {
       if (validity != nullptr)
         look_up_ints<true, true>(typed, validity, validity_offset, first, last, table, buckets, out);
@@ -313,7 +310,7 @@ int32_t look_up_bytes_into(const uint8_t* data, const void* offsets, int32_t wid
                            const uint8_t* validity, int64_t validity_offset, int64_t count, const BytesBucket* table,
                            uint64_t buckets, const StoredIds& ids, Out* out, int32_t threads) {
   const auto go = [&](const auto& keys) {
-    in_threads(count, threads, [&](int64_t first, int64_t last) {
+    in_parts(count, threads, [&](int64_t first, int64_t last) {
       look_up_bytes(keys, validity, validity_offset, first, last, table, buckets, ids, out);
     });
     return 0;

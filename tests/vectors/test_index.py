@@ -7,6 +7,8 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,21 @@ def rows_of(values: list[Any]) -> tuple[dict[Any, int], list[list[int]]]:
         if value is not None and rows.setdefault(value, row) != row:
             duplicates.append([rows[value], row])
     return rows, duplicates
+
+
+@contextmanager
+def no_more_threads() -> Iterator[None]:
+    """Within, a new thread asks for a stack larger than the address space, so none can be started."""
+    libc = ctypes.CDLL(None)
+    usual, huge = (ctypes.create_string_buffer(256) for _ in range(2))  # a pthread_attr_t has 56 bytes
+    for attributes in (usual, huge):
+        assert libc.pthread_getattr_default_np(attributes) == 0
+    assert libc.pthread_attr_setstacksize(huge, ctypes.c_size_t(1 << 56)) == 0
+    assert libc.pthread_setattr_default_np(huge) == 0
+    try:
+        yield
+    finally:
+        assert libc.pthread_setattr_default_np(usual) == 0
 
 
 fresh = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
@@ -234,6 +251,16 @@ class TestLarge:
         assert slow_duplicates == duplicates
         monkeypatch.undo()
         assert np.array_equal(slow.look_up(queries), one)  # and the other way round
+
+    def test_threads_that_cannot_be_started_are_done_without(self, tmp_path: Path) -> None:
+        if native() is None:
+            pytest.skip("flipkd was installed without its compiled library")
+        index, _ = build(tmp_path, "int64", [7, 5])
+        queries = pa.array(np.arange(200_000))
+        expected = index.look_up(queries, threads=1)
+        with no_more_threads():
+            found = index.look_up(queries, threads=4)
+        assert np.array_equal(found, expected)
 
     def test_more_duplicates_than_are_handed_out_at_a_time(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

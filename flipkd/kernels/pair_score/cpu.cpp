@@ -14,10 +14,10 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <system_error>
-#include <thread>
 #include <type_traits>
 #include <vector>
+
+#include "../threads.h"
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define FLIPKD_X86 1
@@ -466,20 +466,6 @@ std::vector<int64_t> split(int64_t pairs, int64_t threads) {
     std::vector<int64_t> starts(shares + 1);
     for (int64_t s = 0; s <= shares; ++s) starts[s] = pairs / shares * s + std::min(s, pairs % shares);
     return starts;
-}
-
-template <class Work>
-void in_threads(int64_t shares, const Work& work) {
-    std::vector<std::thread> threads;
-    threads.reserve(shares);
-    int64_t started = 1;
-    try {
-        for (; started < shares; ++started) threads.emplace_back(work, started);
-    } catch (const std::system_error&) {  // no more threads to be had: this one does their shares
-    }
-    work(0);
-    for (int64_t s = started; s < shares; ++s) work(s);
-    for (auto& thread : threads) thread.join();
 }
 
 }  // namespace
