@@ -85,3 +85,16 @@ def test_broken_weights_are_left_to_transformers(folder: Path) -> None:
     file.unlink()
     with pytest.raises(NotPlainError, match="not in one model"):
         load_bert(folder, torch.float32, CPU)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["embeddings.LayerNorm.weight", "encoder.layer.1.output.LayerNorm.bias", "encoder.layer.1.output.dense.bias"],
+)
+def test_norms_and_biases_of_another_width_are_left_to_transformers(folder: Path, name: str) -> None:
+    """The compiled functions read as many numbers as the config promises."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, name: tensors[name][:8].clone()}, file)
+    with pytest.raises(NotPlainError, match="shape"):
+        load_bert(folder, torch.bfloat16, CPU)

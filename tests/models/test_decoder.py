@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from flipkd.kernels.encoder_ops import Texts
@@ -85,3 +86,15 @@ def test_broken_weights_are_left_to_transformers(folder: Path) -> None:
     file.unlink()
     with pytest.raises(NotPlainError, match="not in one model"):
         load_decoder(folder, torch.float32, CPU)
+
+
+@pytest.mark.parametrize(
+    "name", ["norm.weight", "layers.1.input_layernorm.weight", "layers.1.post_attention_layernorm.weight"]
+)
+def test_norms_of_another_width_are_left_to_transformers(folder: Path, name: str) -> None:
+    """The compiled functions read as many numbers as the config promises."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, name: tensors[name][:8].clone()}, file)
+    with pytest.raises(NotPlainError, match="shape"):
+        load_decoder(folder, torch.bfloat16, CPU)
