@@ -157,6 +157,15 @@ def test_attend(
     check(own, reference.attend(rounded, texts, heads, dtype), wanted)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_state_that_is_a_view_is_read_as_one(dtype: torch.dtype) -> None:
+    state = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    norm = Norm(torch.ones(64), None, 1e-5, is_rms=True)
+    whole = encoder_ops.add_norm(None, state.t().contiguous(), norm, keeps_sum=False, dtype=dtype)[1]
+    view = encoder_ops.add_norm(None, state.t(), norm, keeps_sum=False, dtype=dtype)[1]
+    assert (number(view) - number(whole)).abs().max() < 0.05
+
+
 @needs_library
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_text_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:

@@ -190,8 +190,9 @@ def _has_amx() -> bool:
 
 
 def _fits(values: Tensor, columns: int) -> bool:
-    """Whether the compiled functions know this dtype, place and width."""
-    return values.device.type == "cpu" and values.dtype is torch.bfloat16 and columns % 32 == 0
+    """Whether the compiled functions know this dtype, place, width and layout."""
+    known = values.device.type == "cpu" and values.dtype is torch.bfloat16 and values.is_contiguous()
+    return known and columns % 32 == 0
 
 
 def _is_plain(product: Product | None) -> bool:
