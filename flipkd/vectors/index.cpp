@@ -104,6 +104,12 @@ inline bool as_key(T value, uint64_t* key) {
   return true;
 }
 
+// The row number that a slot keeps as row + 1; -1 for 0. In 64 bits: a damaged table may keep what no int32 holds.
+template <typename Out>
+inline Out row_number(uint32_t kept) {
+  return static_cast<Out>(static_cast<int64_t>(kept) - 1);
+}
+
 inline uint32_t find_int(const IntBucket* table, uint64_t buckets, uint64_t at, uint64_t key) {
   for (uint64_t seen = 0; seen < buckets; ++seen) {
     const IntBucket& bucket = table[at];
@@ -145,7 +151,7 @@ void look_up_ints(const T* values, const uint8_t* validity, int64_t validity_off
     if (i < first) continue;
     const uint64_t at = homes[i & (kRing - 1)];
     if (at < kSame) {
-      result = static_cast<Out>(find_int(table, buckets, at, keys[i & (kRing - 1)])) - 1;
+      result = row_number<Out>(find_int(table, buckets, at, keys[i & (kRing - 1)]));
     } else if (at == kAbsent) {
       result = -1;
     }
@@ -249,7 +255,7 @@ void look_up_bytes(const Keys& keys, const uint8_t* validity, int64_t validity_o
       const uint32_t row = guess != nullptr && ids.holds(*guess, key, length)
                                ? guess->row
                                : find_bytes(table, buckets, homes[ring], tags[ring], ids, key, length);
-      result = static_cast<Out>(row) - 1;
+      result = row_number<Out>(row);
     } else if (homes[ring] == kAbsent) {
       result = -1;
     }

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flipkd.errors import ConfigError
+from flipkd.errors import ConfigError, InputError
 from flipkd.kernels.native import native
 from flipkd.vectors import index as index_module
 from flipkd.vectors import index_reference as reference
@@ -217,6 +217,15 @@ class TestLookUp:
         table["key"][:] = 77
         full = IdIndex(Path("store"), "int64", "int64", 2, table, index.ids, index.offsets)
         assert full.look_up(pa.array([5])).tolist() == [-1]
+
+    @pytest.mark.parametrize("kept", [3, 2**31, 2**31 + 1, 2**32 - 1])
+    def test_a_row_that_is_not_there_is_damage(self, backend: str, tmp_path: Path, kept: int) -> None:
+        index, _ = build(tmp_path, "int64", [3, 4])
+        table = np.array(index.table)
+        table["row"][table["row"] != 0] = kept
+        damaged = IdIndex(Path("store"), "int64", "int64", 2, table, index.ids, index.offsets)
+        with pytest.raises(InputError, match="the store store is damaged"):
+            damaged.look_up(pa.array([3]))
 
 
 class TestLarge:
