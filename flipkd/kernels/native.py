@@ -12,9 +12,9 @@ import importlib.machinery
 import warnings
 from pathlib import Path
 
-# Raised with every change of an exported function's arguments, here and in pair_score/cpu.cpp, so that a library left
-# over from an older checkout is refused instead of being called with the wrong arguments.
-ABI_VERSION = 4
+# Raised with every change of an exported function's arguments or result, here and in pair_score/cpu.cpp, so that a
+# library left over from an older checkout is refused instead of being called wrongly.
+ABI_VERSION = 5
 
 _REBUILD = "reinstall flipkd with a C++17 compiler present (pip install -e . in a checkout) for full speed"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -164,6 +165,19 @@ def test_a_state_that_is_a_view_is_read_as_one(dtype: torch.dtype) -> None:
     whole = encoder_ops.add_norm(None, state.t().contiguous(), norm, keeps_sum=False, dtype=dtype)[1]
     view = encoder_ops.add_norm(None, state.t(), norm, keeps_sum=False, dtype=dtype)[1]
     assert (number(view) - number(whole)).abs().max() < 0.05
+
+
+@needs_library
+def test_memory_that_is_not_to_be_had_is_an_error() -> None:
+    made, operand = product(1, 96, torch.bfloat16, 0), encoder_ops._Operand()
+    given_product, library = encoder_ops._given(made), encoder_ops._library()
+    assert library is not None
+    with pytest.raises(MemoryError, match="flipkd_attend"):
+        encoder_ops.attend(made, on_cpu(2**57), Heads(1, 1, 32, causal=False), torch.bfloat16)
+    with pytest.raises(MemoryError, match="flipkd_activate"):
+        library.flipkd_activate(ctypes.byref(given_product), 0, 2**61, 0, False, ctypes.byref(operand))
+    with pytest.raises(MemoryError, match="flipkd_add_norm"):
+        library.flipkd_add_norm(None, None, 0, 2**61, None, None, 1e-5, True, False, ctypes.byref(operand))
 
 
 @needs_library

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from typing import Any
 
 import numpy as np
 import torch
@@ -178,8 +179,13 @@ def _library() -> ctypes.CDLL | None:
         ctypes.c_int,
     ]  # fmt: skip
     for function in (library.flipkd_add_norm, library.flipkd_activate, library.flipkd_attend):
-        function.restype = None
+        function.restype, function.errcheck = ctypes.c_int, _check_outcome
     return library
+
+
+def _check_outcome(outcome: Any, function: Any, arguments: Any) -> Any:
+    if outcome:
+        raise MemoryError(f"no memory for the workspace of {function.__name__}; free some or use fewer threads")
 
 
 @functools.cache

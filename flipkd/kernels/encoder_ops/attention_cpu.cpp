@@ -85,9 +85,9 @@ int flipkd_attention_has_amx(void) {
 
 // softmax(scale * q k^T) v within each text. product [rows, (heads + 2 key_heads) * width]: queries, keys, values.
 // cosine and sine [longest text, width / 2], or null for no rotation by position. operand [rows, heads * width].
-void flipkd_attend(const Product* product, const int64_t* lengths, int64_t texts, int64_t heads, int64_t key_heads,
-                   int64_t width, float scale, int causal, const float* cosine, const float* sine,
-                   const Operand* operand, int with_amx) {
+int flipkd_attend(const Product* product, const int64_t* lengths, int64_t texts, int64_t heads, int64_t key_heads,
+                  int64_t width, float scale, int causal, const float* cosine, const float* sine,
+                  const Operand* operand, int with_amx) try {
 #ifdef HAS_AMX
     if (with_amx) configure_tiles();
 #endif
@@ -128,12 +128,20 @@ void flipkd_attend(const Product* product, const int64_t* lengths, int64_t texts
 #ifdef HAS_AMX
     if (with_amx) release_tiles();
 #endif
+    return DONE;
+} catch (const std::exception&) {
+#ifdef HAS_AMX
+    if (with_amx) release_tiles();
+#endif
+    return NO_MEMORY;
 }
 
 #else
 
-void flipkd_attend(const Product*, const int64_t*, int64_t, int64_t, int64_t, int64_t, float, int, const float*,
-                   const float*, const Operand*, int) {}
+int flipkd_attend(const Product*, const int64_t*, int64_t, int64_t, int64_t, int64_t, float, int, const float*,
+                  const float*, const Operand*, int) {
+    return DONE;
+}
 
 #endif
 }

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <exception>
 #include <vector>
 
 // The result of a multiplication, [rows, columns] in bf16. row_scale null: bias included. Else
@@ -21,6 +22,9 @@ struct Operand {
     int8_t* int8;
     float* row_scale;
 };
+
+// What the exported functions return: no exception may leave them.
+enum Outcome { DONE = 0, NO_MEMORY = 1 };
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define HAS_TARGET 1

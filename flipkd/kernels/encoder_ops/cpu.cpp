@@ -130,29 +130,37 @@ int flipkd_encoder_ops_run(void) {
 
 // sum = state + product (product may be null), normed = norm(sum) * weight + bias: layer norm, or RMS norm where
 // is_rms. state [rows, width] bf16 becomes sum (keeps_sum) or normed; operand gets normed, where it has a place for it.
-void flipkd_add_norm(const Product* product, uint16_t* state, int64_t rows, int64_t width, const float* weight,
-                     const float* bias, float epsilon, int is_rms, int keeps_sum, const Operand* operand) {
+int flipkd_add_norm(const Product* product, uint16_t* state, int64_t rows, int64_t width, const float* weight,
+                    const float* bias, float epsilon, int is_rms, int keeps_sum, const Operand* operand) try {
     const bool scaled = product != nullptr && product->row_scale != nullptr;
     (scaled ? add_norm<true> : add_norm<false>)(product, state, rows, width, weight, bias, epsilon, is_rms, keeps_sum,
                                                 *operand);
+    return DONE;
+} catch (const std::exception&) {
+    return NO_MEMORY;
 }
 
 // activation(product), or activation(first half of the columns) * second half where gated. columns: of the operand.
-void flipkd_activate(const Product* product, int64_t rows, int64_t columns, int kind, int gated,
-                     const Operand* operand) {
+int flipkd_activate(const Product* product, int64_t rows, int64_t columns, int kind, int gated,
+                    const Operand* operand) try {
     switch (kind) {
-        case GELU: return activate<GELU>(*product, rows, columns, gated, *operand);
-        case GELU_TANH: return activate<GELU_TANH>(*product, rows, columns, gated, *operand);
-        case RELU: return activate<RELU>(*product, rows, columns, gated, *operand);
-        default: return activate<SILU>(*product, rows, columns, gated, *operand);
+        case GELU: activate<GELU>(*product, rows, columns, gated, *operand); break;
+        case GELU_TANH: activate<GELU_TANH>(*product, rows, columns, gated, *operand); break;
+        case RELU: activate<RELU>(*product, rows, columns, gated, *operand); break;
+        default: activate<SILU>(*product, rows, columns, gated, *operand);
     }
+    return DONE;
+} catch (const std::exception&) {
+    return NO_MEMORY;
 }
 
 #else
 
-void flipkd_add_norm(const Product*, uint16_t*, int64_t, int64_t, const float*, const float*, float, int, int,
-                     const Operand*) {}
-void flipkd_activate(const Product*, int64_t, int64_t, int, int, const Operand*) {}
+int flipkd_add_norm(const Product*, uint16_t*, int64_t, int64_t, const float*, const float*, float, int, int,
+                    const Operand*) {
+    return DONE;
+}
+int flipkd_activate(const Product*, int64_t, int64_t, int, int, const Operand*) { return DONE; }
 
 #endif
 }

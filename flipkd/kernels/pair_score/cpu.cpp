@@ -470,7 +470,7 @@ std::vector<int64_t> split(int64_t pairs, int64_t threads) {
 
 }  // namespace
 
-EXPORT int32_t flipkd_abi_version() { return 4; }
+EXPORT int32_t flipkd_abi_version() { return 5; }
 
 EXPORT int32_t flipkd_pair_score_level() { return best_level(); }
 
