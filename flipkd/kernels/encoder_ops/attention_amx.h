@@ -5,7 +5,7 @@
 #pragma once
 #include "attention_layout.h"
 
-#if defined(HAS_TARGET) && defined(__linux__) && ((defined(__clang__) && __clang_major__ >= 12) || __GNUC__ >= 11)
+#if defined(HAS_TARGET) && defined(__linux__) && __GNUC__ >= 11
 #define HAS_AMX 1
 #include <cpuid.h>
 #include <sys/syscall.h>

@@ -1,6 +1,7 @@
 // What the fused operations of a transformer block share: their arguments, and arithmetic on 16 float32 at a time.
 //
-// Needs AVX-512 with BF16 (Zen 4, Sapphire Rapids and later); elsewhere PyTorch does the same work (reference.py).
+// Needs AVX-512 with BF16 (Zen 4, Sapphire Rapids and later) and GCC; elsewhere PyTorch does the same work
+// (reference.py).
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -26,7 +27,7 @@ struct Operand {
 // What the exported functions return: no exception may leave them.
 enum Outcome { DONE = 0, NO_MEMORY = 1 };
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)  // clang has no such pragma
 #define HAS_TARGET 1
 #include <immintrin.h>
 #pragma GCC push_options
