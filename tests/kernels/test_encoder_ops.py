@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flipkd.kernels import encoder_ops
 from flipkd.kernels.encoder_ops import ACTIVATIONS, Heads, Norm, Operand, Product, Texts, reference
+from tests.guarded import guarded
 
 needs_library = pytest.mark.skipif(encoder_ops._library() is None, reason="no compiled library for this processor")
 DTYPES = (torch.bfloat16, torch.int8)
@@ -22,13 +23,20 @@ lengths_of_texts = st.lists(st.integers(1, 40), min_size=1, max_size=6)
 
 
 def product(rows: int, columns: int, dtype: torch.dtype, seed: int) -> Product:
-    """A product as a multiplication in ``dtype`` gives it."""
+    """A product as a multiplication in ``dtype`` gives it, against closed pages."""
     generator = torch.Generator().manual_seed(seed)
     if dtype is not torch.int8:
-        return Product(torch.randn(rows, columns, generator=generator).to(dtype))
+        return Product(closed(torch.randn(rows, columns, generator=generator).to(dtype)))
     values = (torch.randn(rows, columns, generator=generator) * 100).bfloat16()
     row_scale = torch.rand(rows, generator=generator) * 0.02 + 1e-3
-    return Product(values, row_scale, None, torch.randn(columns, generator=generator))
+    return Product(closed(values), closed(row_scale), None, closed(torch.randn(columns, generator=generator)))
+
+
+def closed(values: Tensor) -> Tensor:
+    """The same numbers, where a read or write past them ends the test run."""
+    if values.dtype is torch.bfloat16:  # which NumPy does not know
+        return closed(values.view(torch.int16)).view(torch.bfloat16)
+    return torch.from_numpy(guarded(values.numpy()))
 
 
 def on_cpu(*lengths: int) -> Texts:
@@ -56,8 +64,8 @@ def check(own: Operand, plain: Operand, wanted: Tensor) -> None:
 def poisoned(rows: int, columns: int, dtype: torch.dtype) -> Operand:
     """An output buffer in which a place that is not written is seen."""
     if dtype is torch.int8:
-        return Operand(torch.full((rows, columns), -128, dtype=dtype), torch.full((rows,), torch.nan))
-    return Operand(torch.full((rows, columns), torch.nan, dtype=dtype))
+        return Operand(closed(torch.full((rows, columns), -128, dtype=dtype)), closed(torch.full((rows,), torch.nan)))
+    return Operand(closed(torch.full((rows, columns), torch.nan, dtype=dtype)))
 
 
 @pytest.fixture(autouse=True)
@@ -82,14 +90,14 @@ def test_add_norm(
     width *= 32
     generator = torch.Generator().manual_seed(seed)
     state = torch.randn(rows, width, generator=generator).bfloat16()
-    bias = None if is_rms else torch.randn(width, generator=generator)
-    norm = Norm(torch.randn(width, generator=generator), bias, 1e-5, is_rms)
+    bias = None if is_rms else closed(torch.randn(width, generator=generator))
+    norm = Norm(closed(torch.randn(width, generator=generator)), bias, 1e-5, is_rms)
     given_product = product(rows, width, dtype, seed) if adds else None
     wanted_state, wanted = reference.add_norm(
         exact(given_product) if given_product else None, state.float(), norm, keeps_sum, torch.float32
     )
     plain_state, plain = reference.add_norm(given_product, state.clone(), norm, keeps_sum, dtype)
-    own_state, own = encoder_ops.add_norm(given_product, state.clone(), norm, keeps_sum=keeps_sum, dtype=dtype)
+    own_state, own = encoder_ops.add_norm(given_product, closed(state), norm, keeps_sum=keeps_sum, dtype=dtype)
     if rows:
         check(own, plain, wanted.values)
         check(Operand(own_state), Operand(plain_state), wanted_state)
@@ -144,8 +152,9 @@ def test_attend(
 ) -> None:
     heads = Heads(key_heads * groups, key_heads, width, causal)
     if rotates:
-        angles = torch.arange(40.0)[:, None] * torch.rand(width // 2, generator=torch.Generator().manual_seed(seed))
-        heads = replace(heads, cosine=angles.cos(), sine=angles.sin())
+        positions = torch.arange(float(max(lengths)))[:, None]
+        angles = positions * torch.rand(width // 2, generator=torch.Generator().manual_seed(seed))
+        heads = replace(heads, cosine=closed(angles.cos()), sine=closed(angles.sin()))
     made = product(sum(lengths), (heads.heads + 2 * key_heads) * width, given_dtype, seed)
     texts = on_cpu(*lengths)
     wanted = reference.attend(exact(made), texts, heads, torch.float32).values

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
-
 import numpy as np
 import pytest
 import torch
@@ -17,6 +15,7 @@ from flipkd.kernels import pair_score as kernel
 from flipkd.kernels.native import native
 from flipkd.kernels.pair_score import LEVELS, pair_score
 from flipkd.vectors.rows import DTYPES, STORAGE, VectorRows, quantise
+from tests.guarded import guarded
 from tests.vectors.dequantise import dequantise
 
 needs_library = pytest.mark.skipif(native() is None, reason="installed without a compiler")
@@ -198,27 +197,12 @@ def test_index_out_of_range_names_the_first_place(way: str, bad: int, side: str,
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [1, 3, 127, 129, 384])
 def test_nothing_is_read_past_the_table(dtype: str, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The table ends with its last row at the end of a page that no readable page follows."""
-    item = STORAGE[dtype].itemsize
-    pages = -(-4 * dim * item // mmap.PAGESIZE) + 1
-    memory = mmap.mmap(-1, pages * mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    whole = np.frombuffer(memory, np.uint8)
-    import ctypes
-
-    protect = ctypes.CDLL(None, use_errno=True).mprotect
-    protect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    guard = whole.ctypes.data + (pages - 1) * mmap.PAGESIZE
-    usable = (pages - 1) * mmap.PAGESIZE
-    table = whole[usable - 4 * dim * item : usable].view(STORAGE[dtype]).reshape(4, dim)
-    table[:] = quantise(make_rows(4, dim), dtype).values
-    assert protect(guard, mmap.PAGESIZE, 0) == 0
-    try:
-        rows, last = VectorRows(table, dtype), np.full(200, 3)
-        for level in LEVELS[: BEST + 1]:
-            use(level, monkeypatch)
-            assert not np.isnan(pair_score(rows, rows, last, last).score).any()
-    finally:
-        assert protect(guard, mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_WRITE) == 0
+    """The table ends with its last row at the end of a page that no readable page follows; so do the indices."""
+    table = VectorRows(guarded(quantise(make_rows(4, dim), dtype).values), dtype)
+    last = guarded(np.full(200, 3))
+    for level in LEVELS[: BEST + 1]:
+        use(level, monkeypatch)
+        assert not np.isnan(pair_score(table, table, last, last).score).any()
 
 
 @needs_library
