@@ -4,15 +4,20 @@ The library is plain C ABI and is loaded with ctypes (flipkd/kernels/native.py),
 compiler and nothing else (no CMake, no binding generator, no Python headers), and ctypes lets go of the GIL by itself.
 `optional=True` makes an install without a compiler succeed; flipkd then uses its PyTorch reference and says so once.
 There is no -march=native: the sources choose the instruction set at run time, so a wheel runs on any CPU of its kind.
+FLIPKD_SANITIZE=address,undefined builds it with GCC's sanitizers; the README's "Development" runs it so.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from glob import glob
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+
+SANITIZE = os.environ.get("FLIPKD_SANITIZE", "")
+SANITIZERS = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-O1", "-g"] if SANITIZE else []
 
 
 class BuildNative(build_ext):
@@ -36,8 +41,8 @@ setup(
             ],
             depends=sorted(glob("flipkd/kernels/**/*.h", recursive=True)),
             language="c++",
-            extra_compile_args=["-O3", "-std=c++17", "-pthread", "-fno-math-errno", "-ffp-contract=off"],
-            extra_link_args=["-pthread"] if sys.platform != "darwin" else [],
+            extra_compile_args=["-O3", "-std=c++17", "-pthread", "-fno-math-errno", "-ffp-contract=off", *SANITIZERS],
+            extra_link_args=["-pthread", *SANITIZERS] if sys.platform != "darwin" else [],
             optional=True,
         )
     ],
