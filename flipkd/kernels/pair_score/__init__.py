@@ -62,7 +62,8 @@ def pair_score(
     """Score pairs of rows.
 
     Pairs that follow each other with the same left row are scored faster. The bits are the same in any order of the
-    pairs and for any number of threads.
+    pairs and for any number of threads. Rows and indices must stay as they are until it returns: indices are checked
+    once and read again.
 
     Args:
         left: [N, d] rows, unit length.
