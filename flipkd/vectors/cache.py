@@ -25,6 +25,7 @@ import logging
 import os
 import stat
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,10 +38,10 @@ from numpy.typing import NDArray
 
 from flipkd.data.commit import make_private_folder, write_private_file, writing
 from flipkd.data.records import keyed_digests
-from flipkd.errors import ConfigError, InputError
+from flipkd.errors import ConfigError
 from flipkd.vectors.rows import STORAGE, VectorRows, check_dtype
 from flipkd.vectors.segment_files import remove_segment, segment_paths, write_segment
-from flipkd.vectors.segments import Rows, Segment, SegmentKind, Words, open_all, to_words
+from flipkd.vectors.segments import DamagedSegmentError, Opened, Rows, Segment, SegmentKind, Words, open_all, to_words
 
 logger = logging.getLogger(__name__)
 
@@ -112,8 +113,8 @@ class TextCache:
                 for start in range(0, len(places), _BLOCK_ROWS):
                     block = places[start : start + _BLOCK_ROWS]
                     status[block], words[block] = segment.read(rows[start : start + _BLOCK_ROWS])
-            except InputError as error:
-                drop_damaged(segment.path, error)
+            except DamagedSegmentError as error:
+                drop_damaged(error)
                 continue
             found[places] = True
             segment.mark_used(rows, now)
@@ -156,8 +157,8 @@ class TextCache:
         """All segments that are there now, the largest first."""
         present = segment_paths(self.folder)
         kept = [self._segments[path] for path in present if path in self._segments]
-        fresh = open_all([path for path in present if path not in self._segments], self.kind, drop_damaged)
-        self._segments = {segment.path: segment for segment in (*kept, *fresh)}
+        fresh = open_whole([path for path in present if path not in self._segments], self.kind)
+        self._segments = {segment.path: segment for segment in (*kept, *fresh.segments)}
         return sorted(self._segments.values(), key=len, reverse=True)
 
 
@@ -236,8 +237,24 @@ def first_of_each(keys: Words) -> NDArray[np.intp]:
     return order[fresh]
 
 
-def drop_damaged(path: Path, error: Exception) -> None:
+def open_whole(paths: Iterable[Path], kind: SegmentKind) -> Opened:
+    """Opens segments; those that are damaged are deleted, those that cannot be read now are left alone, with warnings.
+
+    Args:
+        paths: the files.
+        kind: what they must be.
+    """
+    opened = open_all(paths, kind)
+    for error in opened.damaged:
+        drop_damaged(error)
+    for path, why in list(opened.unreadable.items())[:1]:
+        told = "%d files of the cache cannot be read now (%s: %s); they stay, and what they hold is encoded again"
+        logger.warning(told, len(opened.unreadable), path, why)
+    return opened
+
+
+def drop_damaged(error: DamagedSegmentError) -> None:
     """Deletes a damaged segment, with a warning: what it held is encoded again."""
     logger.warning("%s; it is removed, and what it held is encoded again", error)
     with suppress(OSError):
-        remove_segment(path)
+        remove_segment(error.path)

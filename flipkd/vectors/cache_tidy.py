@@ -19,6 +19,7 @@ from filelock import Timeout
 from numpy.typing import NDArray
 
 from flipkd.data.commit import writing
+from flipkd.errors import OutputError
 from flipkd.vectors.cache import (
     KEY_FILE,
     NAMESPACE_BYTES,
@@ -27,11 +28,12 @@ from flipkd.vectors.cache import (
     drop_damaged,
     first_of_each,
     kind_of,
+    open_whole,
     read_key,
     text_keys,
 )
 from flipkd.vectors.segment_files import remove_segment, remove_unfinished, segment_paths, write_segment
-from flipkd.vectors.segments import DamagedSegmentError, Rows, Segment, SegmentKind, open_all
+from flipkd.vectors.segments import DamagedSegmentError, Rows, Segment, SegmentKind
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +65,7 @@ def tidy(cache: TextCache, limit_bytes: int | None = None) -> dict[str, int]:
         _compact(cache.folder, cache.kind)
         if limit_bytes is not None:
             dropped = _drop_to(root, limit_bytes)
-    segments = open_all(segment_paths(cache.folder), cache.kind, drop_damaged)
+    segments = open_whole(segment_paths(cache.folder), cache.kind).segments
     return {
         "texts": sum(map(len, segments)),
         "bytes": sum(segment.size_bytes for segment in segments),
@@ -85,7 +87,7 @@ def forget_texts(root: Path, texts: pa.LargeStringArray) -> int:
         How many were deleted.
 
     Raises:
-        OutputError: the cache cannot be written.
+        OutputError: the cache cannot be read or written; some of the texts may be there still.
     """
     if not (root / KEY_FILE).exists():
         return 0
@@ -98,7 +100,7 @@ def forget_texts(root: Path, texts: pa.LargeStringArray) -> int:
             while found:  # again where a writer has added a segment meanwhile
                 remove_unfinished(folder, wait=True)
                 found = 0
-                for segment in _all_of(folder, kind):
+                for segment in _all_of(folder, kind, must_read=True):  # what is not seen is not forgotten
                     rows = segment.find(keys)
                     if (rows >= 0).any():
                         keep = np.ones(len(segment), np.bool_)
@@ -116,13 +118,19 @@ def _namespaces(root: Path, key: bytes) -> Iterator[tuple[Path, SegmentKind]]:
                 yield folder, kind_of(key, namespace)
 
 
-def _all_of(folder: Path, kind: SegmentKind) -> list[Segment]:
-    """The segments of a namespace. Those of a lost key are deleted: nobody can find anything in them."""
-    paths = segment_paths(folder)
-    found = open_all(paths, kind, drop_damaged)
-    for path in set(paths) - {segment.path for segment in found}:
+def _all_of(folder: Path, kind: SegmentKind, must_read: bool = False) -> list[Segment]:
+    """The segments of a namespace. Those of a lost key are deleted: nobody can find anything in them.
+
+    Raises:
+        OutputError: with ``must_read``, one cannot be read now.
+    """
+    opened = open_whole(segment_paths(folder), kind)
+    for path in opened.foreign:
         remove_segment(path)
-    return found
+    for path, why in opened.unreadable.items():
+        if must_read:
+            raise OutputError(f"cannot read {path}: {why}; run again")
+    return opened.segments
 
 
 def _compact(folder: Path, kind: SegmentKind) -> None:
@@ -151,7 +159,7 @@ def _merge(folder: Path, kind: SegmentKind, segments: list[Segment], keep: list[
             written = min(segment.written for segment in segments)
             write_segment(folder, kind, segments[0].row_bytes, rows, blocks, written)
         except DamagedSegmentError as error:
-            drop_damaged(error.path, error)
+            drop_damaged(error)
             whole = [number for number, segment in enumerate(segments) if segment.path != error.path]
             if whole:
                 _merge(folder, kind, [segments[number] for number in whole], [keep[number] for number in whole])

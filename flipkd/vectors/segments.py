@@ -20,7 +20,7 @@ import hashlib
 import mmap
 import os
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flipkd.data.location import reason
 from flipkd.errors import InputError
 from flipkd.vectors.mapped import map_file
 
@@ -206,6 +207,7 @@ def open_segment(path: Path, kind: SegmentKind) -> Segment | None:
     Raises:
         DamagedSegmentError: the header is damaged, or the file has not the length that it tells.
         FileNotFoundError: it was there a moment ago; a compaction has replaced it.
+        OSError, InputError: it cannot be read now.
     """
     size_bytes = path.stat().st_size
     with open(path, "rb") as file:
@@ -245,22 +247,45 @@ def open_used(path: Path, rows: int) -> Any:
     return file
 
 
-def open_all(paths: Iterable[Path], kind: SegmentKind, damaged: Callable[[Path, Exception], None]) -> list[Segment]:
-    """Opens segments, the largest first; those of another kind, and those that are not there any more, are left out.
+@dataclass(frozen=True)
+class Opened:
+    """What became of the segments of a folder.
+
+    Args:
+        segments: open, the largest first.
+        foreign: files of another kind.
+        damaged: why others are not used; each names its file.
+        unreadable: why others cannot be read now, by file; of these nothing is known.
+    """
+
+    segments: list[Segment]
+    foreign: list[Path]
+    damaged: list[DamagedSegmentError]
+    unreadable: dict[Path, str]
+
+
+def open_all(paths: Iterable[Path], kind: SegmentKind) -> Opened:
+    """Opens segments. Those that are not there any more are left out: a compaction has replaced them.
 
     Args:
         paths: the files.
         kind: what they must be.
-        damaged: called for those that are not whole, with the reason.
     """
-    found = []
+    opened = Opened([], [], [], {})
     for path in paths:
         try:
             segment = open_segment(path, kind)
-        except (OSError, InputError) as error:
-            if path.exists():  # else a compaction has replaced it
-                damaged(path, error)
+        except DamagedSegmentError as error:
+            opened.damaged.append(error)
             continue
-        if segment is not None:
-            found.append(segment)
-    return sorted(found, key=len, reverse=True)
+        except (OSError, InputError) as error:  # too many open files, a disk that is away: no word about the bytes
+            cause = error.__cause__ if isinstance(error, InputError) else error
+            if not isinstance(cause, FileNotFoundError):
+                opened.unreadable[path] = reason(cause or error)
+            continue
+        if segment is None:
+            opened.foreign.append(path)
+        else:
+            opened.segments.append(segment)
+    opened.segments.sort(key=len, reverse=True)
+    return opened

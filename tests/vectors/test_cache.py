@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import hashlib
 import os
+import resource
 import signal
 import stat
 import subprocess
@@ -21,10 +24,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flipkd.errors import ConfigError, OutputError
+from flipkd.errors import ConfigError, InputError, OutputError
 from flipkd.vectors import cache_tidy
 from flipkd.vectors.cache import TextCache, open_cache, read_key, text_keys
 from flipkd.vectors.cache_tidy import compact_if_free, forget_texts, tidy
+from flipkd.vectors.mapped import map_file
 from flipkd.vectors.rows import STORAGE, VectorRows, quantise
 from flipkd.vectors.segment_files import remove_unfinished, segment_paths, write_segment
 from flipkd.vectors.segments import Rows, open_segment, to_words
@@ -232,6 +236,69 @@ class TestDamage:
         used.unlink()
         tidy(cache, limit_bytes=10**9)
         check(cache, range(5))
+
+
+@contextlib.contextmanager
+def few_descriptors(count: int) -> Iterator[None]:
+    """This process can open only so many files more."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken: list[int] = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + count + 2, before[1]))
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.dup(0))
+        for _ in range(count):
+            os.close(taken.pop())
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        for descriptor in taken:
+            os.close(descriptor)
+
+
+class TestFilesThatCannotBeReadNow:
+    def test_segments_stay_when_descriptors_run_out(self, cache: TextCache, caplog: pytest.LogCaptureFixture) -> None:
+        for start in range(0, 60, 10):
+            put(cache, range(start, start + 10))
+        before = segment_paths(cache.folder)
+        fresh = open_cache(cache.folder.parent, "encoder", "int8")
+        with few_descriptors(4):
+            hits = fresh.look_up(fresh.keys(texts_of(range(60))))
+        assert 0 < np.count_nonzero(hits.found) < 60
+        assert caplog.text.count("cannot be read now") == 1
+        assert "Too many open files); they stay" in caplog.text
+        assert segment_paths(cache.folder) == before
+        check(fresh, range(60))
+
+    def test_nor_does_a_compaction_delete_them(self, cache: TextCache, monkeypatch: pytest.MonkeyPatch) -> None:
+        for start in (0, 10, 20):
+            put(cache, range(start, start + 10))
+        path = next(path for path in segment_paths(cache.folder) if holds(cache, path, 10))
+        with monkeypatch.context() as patch:
+            unreadable(patch, path)
+            assert tidy(cache, limit_bytes=10**9)["texts"] == 20
+        check(cache, range(30))
+
+    def test_to_forget_is_an_error_then(self, cache: TextCache, monkeypatch: pytest.MonkeyPatch) -> None:
+        put(cache, range(10))
+        (path,) = segment_paths(cache.folder)
+        with monkeypatch.context() as patch:
+            unreadable(patch, path)
+            with pytest.raises(OutputError, match=f"cannot read {path}: Input/output error; run again"):
+                forget_texts(cache.folder.parent, texts_of([5]))
+        assert forget_texts(cache.folder.parent, texts_of([5])) == 1
+
+
+def unreadable(patch: pytest.MonkeyPatch, victim: Path) -> None:
+    """The file cannot be mapped, as on a disk that is away."""
+
+    def refusing(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path == victim:
+            raise InputError("cannot be mapped") from OSError(errno.EIO, "")
+        return map_file(path, *arguments, **options)
+
+    patch.setattr("flipkd.vectors.segments.map_file", refusing)
 
 
 def holds(cache: TextCache, path: Path, number: int) -> bool:
