@@ -27,6 +27,11 @@ WORK_FOLDER = ".flipkd"
 PLAN = f"{WORK_FOLDER}/plan.json"
 UNIT_KEY = "flipkd.unit"
 SOURCE_KEY = "flipkd.source"
+_END_BYTES = 1 << 16  # what Arrow reads first too: the footer of nearly every output
+
+
+class DamagedOutputError(InputError):
+    """A file that is not an output of flipkd, or not whole; proven by its bytes."""
 
 
 def glance(output: Location, name: str) -> dict[str, Any]:
@@ -86,13 +91,13 @@ def read_report(root: Location, name: str, unit_fingerprint: str | None = None) 
         unit_fingerprint: of the unit whose output it must be; None takes any.
 
     Raises:
-        InputError: the file is not an output of flipkd, or not whole. Pages are not read: who reads them finds by their
-            checksums whether they are what was written.
+        DamagedOutputError: the file is not an output of flipkd, or not whole. Pages are not read: who reads them finds
+            by their checksums whether they are what was written.
+        InputError: the file cannot be read now; of what it holds nothing is known.
     """
+    end, size_bytes = _read_end(root, name)
     try:
-        with root.filesystem.open_input_file(root.child(name).path) as source:
-            size_bytes = source.size()
-            footer = pq.ParquetFile(source).metadata
+        footer = pq.ParquetFile(pa.BufferReader(end)).metadata
         facts = parse_object((footer.metadata or {})[UNIT_KEY.encode()])
         check_fields(facts, rows_in=int, rows_out=int, reasons=dict, counts=dict)
         for numbers in (facts["reasons"], facts["counts"]):
@@ -104,8 +109,31 @@ def read_report(root: Location, name: str, unit_fingerprint: str | None = None) 
         if unit_fingerprint not in (None, facts["unit"]):
             raise ValueError("another unit's")
     except (OSError, pa.ArrowException, LookupError, TypeError, ValueError) as error:
-        raise InputError(f"{name} of {root.uri} is not a whole output of flipkd; remove it and run again") from error
+        told = f"{name} of {root.uri} is not a whole output of flipkd; remove it and run again"
+        raise DamagedOutputError(told) from error
     return report
+
+
+def _read_end(root: Location, name: str) -> tuple[bytes, int]:
+    """The last bytes of a file, its footer among them, and its size.
+
+    They are read apart from being looked at: an error of reading tells nothing of the bytes. Arrow raises OSError for
+    both, and a store that is busy or wants new credentials must not cost finished outputs.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    target = root.child(name)
+    try:
+        with root.filesystem.open_input_file(target.path) as source:
+            size_bytes = source.size()
+            end = source.read_at(min(_END_BYTES, size_bytes), max(0, size_bytes - _END_BYTES))
+            footer_bytes = int.from_bytes(end[-8:-4], "little") + 8
+            if len(end) < footer_bytes <= size_bytes:
+                end = source.read_at(footer_bytes, size_bytes - footer_bytes)
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"cannot read {target.uri}: {reason(error)}; run again") from error
+    return end, size_bytes
 
 
 def read_output(root: Location, name: str, columns: list[str] | None) -> pa.Table:
@@ -140,18 +168,21 @@ def read_reports(root: Location, names: Iterable[str]) -> list[UnitReport]:
         return list(pool.map(lambda name: read_report(root, name), names))
 
 
-def read_whole_reports(root: Location, units: Mapping[str, str | None]) -> list[UnitReport | InputError]:
-    """Reports of committed outputs, or why one cannot be used.
+def read_whole_reports(root: Location, units: Mapping[str, str | None]) -> list[UnitReport | DamagedOutputError]:
+    """Reports of committed outputs, or why one is not whole.
 
     Args:
         root: the output folder.
         units: unit fingerprint of each output, by its name; None for any.
+
+    Raises:
+        InputError: one cannot be read now.
     """
 
-    def one(name: str) -> UnitReport | InputError:
+    def one(name: str) -> UnitReport | DamagedOutputError:
         try:
             return read_report(root, name, units[name])
-        except InputError as error:
+        except DamagedOutputError as error:
             return error
 
     with ThreadPoolExecutor(max_workers=16) as pool:

@@ -86,6 +86,7 @@ def prepare(output: Location, units: Sequence[WorkUnit], overwrite: bool) -> dic
     Raises:
         OutputError: the folder holds files of another run (or of input that has changed) and ``overwrite`` is off, or
             Parquet files that flipkd did not write.
+        InputError: an output cannot be read now.
     """
     wanted = {unit.output: unit.fingerprint for unit in units}
     names = own_outputs(output, wanted.keys(), overwrite)

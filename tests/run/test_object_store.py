@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -196,3 +198,34 @@ def test_what_may_not_be_read_is_named(
     monkeypatch.setattr(type(remote), method, refusing)
     with pytest.raises(error, match=message):
         status(f"{bucket}/out") if "manifest" in part else score(task)
+
+
+@pytest.mark.parametrize("when", ["opened", "read"])
+@pytest.mark.parametrize("error", [OSError(errno.EMFILE, "too many"), OSError("AWS Error SLOW_DOWN: 503")])
+def test_an_output_that_cannot_be_read_now_stays(
+    world: World, make_pairs: MakePairs, bucket: str, monkeypatch: pytest.MonkeyPatch, when: str, error: OSError
+) -> None:
+    """A store that was too busy to answer lost the finished outputs that it was asked for."""
+    task = ScoreConfig(str(make_pairs()), f"{bucket}/out", store=world.left_store, right_store=world.right_store)
+    score(task)
+    remote = fsspec.filesystem("memory")
+    before = {path: remote.cat(path) for path in remote.glob("/flipkd-bucket/out/*.parquet")}
+    victim, opened = min(before), type(remote)._open
+
+    class Busy(io.BytesIO):
+        def read(self, *_: object) -> bytes:
+            raise error
+
+    def refusing(self: object, path: str, *arguments: object, **options: object) -> object:
+        if path != victim:
+            return opened(self, path, *arguments, **options)
+        if when == "opened":
+            raise error
+        return Busy(before[path])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(remote), "_open", refusing)
+        with pytest.raises(InputError, match=rf"^cannot read {bucket}/out/{Path(victim).name}: .*; run again$"):
+            score(task)
+    assert {path: remote.cat(path) for path in remote.glob("/flipkd-bucket/out/*.parquet")} == before
+    assert score(task)["units_resumed"] == len(before)
