@@ -12,7 +12,8 @@ from pathlib import Path
 
 from flipkd.data.commit import TEMPORARY_NAME, TEMPORARY_SUFFIX, make_private_folder, sync, writing
 from flipkd.data.json_files import parse_object
-from flipkd.errors import OutputError
+from flipkd.data.location import reason
+from flipkd.errors import InputError, OutputError
 
 SEAL = "_files.json"
 
@@ -63,6 +64,9 @@ def is_whole(folder: Path) -> bool:
     """Whether the folder holds what was published: every file, with its size and digest.
 
     A name in the seal that is none of the folder's own files (``../x``, a link) is never looked at.
+
+    Raises:
+        InputError: a file cannot be read now, which is no damage: what is not whole may be deleted.
     """
     try:
         seal, files = parse_object((folder / SEAL).read_bytes()), _files(folder)
@@ -70,8 +74,10 @@ def is_whole(folder: Path) -> bool:
             return False
         same = all(files[name].stat().st_size == size for name, (size, _) in seal.items())
         return same and all(_digest(files[name]) == digest for name, (_, digest) in seal.items())
-    except (OSError, ValueError, TypeError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, TypeError):
         return False
+    except OSError as error:
+        raise InputError(f"cannot read {folder}: {reason(error)}; run again") from error
 
 
 def check_replaceable(target: Path, what: str) -> None:

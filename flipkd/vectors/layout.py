@@ -41,7 +41,7 @@ def read_header(folder: Path) -> dict[str, Any]:
 
     Raises:
         DamagedStoreError: names it.
-        InputError: there is none, or one of another format.
+        InputError: there is none, one of another format, or one that cannot be read now.
     """
     path = folder / HEADER_FILE
     try:
@@ -49,7 +49,8 @@ def read_header(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise InputError(f"{folder} is not a finished store: it has no {HEADER_FILE}; {AGAIN}") from None
     except (OSError, ValueError) as error:
-        raise DamagedStoreError(f"{path} cannot be read ({error}); {AGAIN}") from error
+        kind = InputError if isinstance(error, OSError) else DamagedStoreError
+        raise kind(f"{path} cannot be read ({error}); {AGAIN}") from error
     version = header.get("format_version")
     if version != FORMAT_VERSION:
         if isinstance(version, int):
@@ -73,13 +74,15 @@ def check_files(folder: Path, header: dict[str, Any]) -> None:
     """Look whether the files that a header tells of are there, in their sizes.
 
     Raises:
-        DamagedStoreError: names the file.
+        DamagedStoreError: one is not there, or of another size.
+        InputError: one cannot be looked at now.
     """
     for name, size_bytes in store_files(header).items():
         try:
             actual_bytes = (folder / name).stat().st_size
         except OSError as error:
-            raise DamagedStoreError(f"{folder / name} is missing or unreadable ({error.strerror}); {AGAIN}") from error
+            kind = DamagedStoreError if isinstance(error, FileNotFoundError) else InputError
+            raise kind(f"{folder / name} is missing or unreadable ({error.strerror}); {AGAIN}") from error
         if actual_bytes != size_bytes:
             told = f"not the {size_bytes} that {HEADER_FILE} tells of"
             raise DamagedStoreError(f"{folder / name} has {actual_bytes} bytes, {told}; {AGAIN}")

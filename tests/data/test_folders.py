@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
 
 from flipkd.data.commit import make_private_folder
 from flipkd.data.folders import SEAL, is_whole, publish_folder, remove_published, remove_unpublished
+from flipkd.errors import InputError
 
 
 def test_parents_that_are_made_are_private_too(tmp_path: Path) -> None:
@@ -39,6 +41,19 @@ def test_damage_shows(tmp_path: Path, damage: str) -> None:
     else:
         path.write_bytes(b"1234" if damage == "cut" else b"12346")
     assert not is_whole(tmp_path / "target")
+
+
+def test_what_cannot_be_read_now_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish_folder(tmp_path / "target", lambda folder: (folder / "weights").write_bytes(b"12345") and None)
+
+    def unreadable(path: Path) -> str:
+        raise OSError(errno.EMFILE, "")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("flipkd.data.folders._digest", unreadable)
+        with pytest.raises(InputError, match=f"cannot read {tmp_path}/target: Too many open files; run again"):
+            is_whole(tmp_path / "target")
+    assert is_whole(tmp_path / "target")
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:

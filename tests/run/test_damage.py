@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 import re
@@ -25,6 +26,7 @@ from flipkd.run.manifest import read_output
 from flipkd.run.output import list_outputs
 from flipkd.run.pipeline import score
 from flipkd.run.status import status
+from flipkd.run.store_folder import sealed_header
 from flipkd.vectors.cache import open_cache
 from flipkd.vectors.rows import VectorRows
 from flipkd.vectors.segment_files import segment_paths
@@ -177,6 +179,29 @@ def flips(path: Path, count: int, seed: int) -> Iterator[None]:
         path.write_bytes(data)
         yield
     path.write_bytes(whole)
+
+
+def test_a_store_that_cannot_be_read_now_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_store(tmp_path / "store", pa.array(range(9), pa.int64()), np.ones((9, 8), np.float32))
+    read = Path.read_bytes
+
+    def unreadable(path: Path) -> bytes:
+        if path.name == "store.json":
+            raise OSError(errno.EIO, "Input/output error")
+        return read(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", unreadable)
+        with pytest.raises(InputError, match=r"store\.json cannot be read"):
+            sealed_header(tmp_path / "store", overwrite=False)
+    assert sealed_header(tmp_path / "store", overwrite=False) is not None
+    path = tmp_path / "store" / "vectors.bin"
+    path.unlink()
+    path.symlink_to(path)  # an error of the operating system that is none of a file that is missing
+    with pytest.raises(InputError, match=r"vectors\.bin is missing or unreadable"):
+        sealed_header(tmp_path / "store", overwrite=False)
+    path.unlink()
+    assert sealed_header(tmp_path / "store", overwrite=False) is None
 
 
 @pytest.mark.parametrize("kind", ["int64", "string"])
