@@ -31,7 +31,8 @@ class RunOptions:
         threads: threads of one worker (None: in process all cores, on Ray 1). CPUs that a Ray worker reserves.
         gpus: GPUs that a Ray worker reserves (None: 1 if the cluster has any and the stage runs a model, else 0).
         on_bad_shard: ``fail`` at the first unreadable input file, or ``skip`` it, count it, and end as partial.
-        max_retries: how often a unit whose worker died, or whose read failed, is tried again on Ray.
+        max_retries: how often a unit is tried again whose read failed for a reason that may pass, and, counted apart,
+            whose Ray worker died.
         max_failed_units: error budget: with ``on_bad_shard="skip"`` the job stops when more units than this failed.
         stall_timeout_s: seconds without a finished unit after which a Ray job ends with an error.
         start_timeout_s: seconds to wait for the first ``min_workers`` Ray workers.

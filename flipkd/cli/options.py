@@ -130,7 +130,8 @@ run_options = _options(
                                              "flight (where a model runs, one at a time on all cores)."),
     click.option("--threads", type=int, help="Cores to use in process; on Ray the CPUs of one worker."),
     click.option("--gpus", type=float, help="GPUs of one Ray worker. Default: 1 where a model runs and there are any."),
-    click.option("--max-retries", type=int, default=3, show_default=True, help="Tries after a Ray worker has died."),
+    click.option("--max-retries", type=int, default=3, show_default=True,
+                 help="Tries after a failed read, and after a Ray worker has died."),
     click.option("--overwrite", is_flag=True, help="Delete another run's output first."),
     click.option("--progress/--no-progress", default=True, help="Show progress on stderr."),
 )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import posixpath
+import re
 import urllib.parse
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ from flipkd.urls import without_secrets
 
 # Native pyarrow filesystems; every other scheme goes through fsspec.
 _ARROW_SCHEMES = ("file", "s3", "gs", "gcs", "hdfs")
+_LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_PASSING_S3 = re.compile(r"AWS Error (?!ACCESS_DENIED|NO_SUCH_)")
 
 
 @dataclass(frozen=True)
@@ -92,3 +95,20 @@ def reason(error: BaseException) -> str:
     """One line that says why, without what an exception may quote of the data."""
     number = getattr(error, "errno", None)
     return os.strerror(number) if number else str(error).split("\n")[0]
+
+
+def may_pass(error: BaseException | None) -> bool:
+    """Whether an error of reading, or what it came from, is of the kind that another try may not meet.
+
+    A file that is not there or may not be read is not; nor is damage, for which Arrow raises OSError too, but without a
+    number. It gives none for most errors of S3 either: those are told by their text.
+    """
+    while error is not None:
+        if isinstance(error, _LASTING):
+            return False
+        if isinstance(error, OSError):
+            known = error.errno is not None or isinstance(error, ConnectionError | TimeoutError)
+            if known or _PASSING_S3.search(str(error)):
+                return True
+        error = error.__cause__
+    return False

@@ -99,7 +99,7 @@ class _UnitActor:
             raise error
         listener = write_note(self._output, unit, tries + 1)
         try:
-            return attempt(self._worker, unit, self._skip, listener)
+            return attempt(self._worker, unit, self._skip, listener, self._max_retries)
         finally:
             with contextlib.suppress(OSError):  # a disk that has turned read-only has said so already
                 self._output.filesystem.delete_file(self._output.child(note).path)

@@ -155,7 +155,7 @@ def _execute(job: Job, pending: Sequence[WorkUnit], listener: Callable[[WorkUnit
     cores = job.run.threads or available_cores()
     workers = 1 if job.uses_model else min(job.run.workers or cores, len(pending))
     worker = job.make_worker(max(1, cores // workers))
-    yield from run_local(worker, pending, workers, skip, listener)
+    yield from run_local(worker, pending, workers, skip, listener, job.run.max_retries)
 
 
 def check_device(device: str, run: RunOptions) -> None:

@@ -35,7 +35,7 @@ def test_workers_find_what_relative_paths_name(
         made = pickle.loads(pickle.dumps(job.make_worker))
         os.chdir(elsewhere)
         try:
-            reports = list(run_local(made(1), pending, 1, False, listener))
+            reports = list(run_local(made(1), pending, 1, False, listener, 0))
         finally:
             os.chdir(here)
         yield from reports

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,6 +16,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tenacity import wait_none
 
 from flipkd.config import EncodeConfig, EncoderOptions, RunOptions, ScoreConfig
 from flipkd.data import commit, fsspec_files
@@ -23,6 +25,7 @@ from flipkd.data.fsspec_files import Handler
 from flipkd.data.location import Location, open_location
 from flipkd.data.shards import ShardReader
 from flipkd.errors import ConfigError, FlipkdError, InputError, OutputError
+from flipkd.run import local
 from flipkd.run.encode import encode
 from flipkd.run.pipeline import score
 from flipkd.run.status import status
@@ -229,3 +232,26 @@ def test_an_output_that_cannot_be_read_now_stays(
             score(task)
     assert {path: remote.cat(path) for path in remote.glob("/flipkd-bucket/out/*.parquet")} == before
     assert score(task)["units_resumed"] == len(before)
+
+
+def test_a_read_that_broke_off_is_tried_again(
+    world: World, make_pairs: MakePairs, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote = fsspec.filesystem("memory")
+    remote.put(str(make_pairs()), "/flipkd-bucket/pairs", recursive=True)
+    opened, failed = type(remote)._open, []
+
+    def breaking_off(self: object, path: str, *arguments: object, **options: object) -> object:
+        if threading.current_thread().name.startswith("unit") and path not in failed:
+            failed.append(path)
+            raise ConnectionResetError(errno.ECONNRESET, "reset by peer")
+        return opened(self, path, *arguments, **options)
+
+    monkeypatch.setattr(type(remote), "_open", breaking_off)
+    monkeypatch.setattr(local, "_WAIT", wait_none())
+    task = ScoreConfig(f"{bucket}/pairs", str(tmp_path / "out"), store=world.left_store, right_store=world.right_store)
+    with pytest.raises(InputError, match=r"cannot read .* Connection reset by peer"):
+        score(replace(task, run=RunOptions(max_retries=0)))
+    failed.clear()
+    assert score(task)["complete"]
+    assert len(failed) == 4
