@@ -18,10 +18,9 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from flipkd.config import RunOptions
-from flipkd.data.commit import read_json
 from flipkd.data.location import Location
 from flipkd.errors import FlipkdError
-from flipkd.run.manifest import MANIFEST, Totals, UnitReport
+from flipkd.run.manifest import MANIFEST, Totals, UnitReport, glance
 from flipkd.run.units import Plan, WorkUnit
 
 logger = logging.getLogger(__name__)
@@ -244,14 +243,16 @@ def observed(command: str, run: RunOptions, output: Location | None = None) -> I
 
     observer = Observer(command, publishers(command, run, output))
     token = _current.set(observer)
+    state: State = "failed"
+    told = None
     try:
         observer.start()
         yield observer
+        manifest = {} if output is None else glance(output, MANIFEST)
+        state = "finished" if manifest.get("complete", True) else "partial"
     except BaseException as error:
-        observer.end("failed", str(error) if isinstance(error, FlipkdError) else type(error).__name__)
+        told = str(error) if isinstance(error, FlipkdError) else type(error).__name__
         raise
-    else:
-        manifest = {} if output is None else read_json(output, MANIFEST) or {}
-        observer.end("finished" if manifest.get("complete", True) else "partial")
     finally:
         _current.reset(token)
+        observer.end(state, told)

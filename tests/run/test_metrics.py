@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections import Counter
@@ -20,9 +21,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from flipkd.cli import main
 from flipkd.config import RunOptions
+from flipkd.data.location import open_location
 from flipkd.errors import ConfigError, InputError
 from flipkd.run import metrics_file
 from flipkd.run.manifest import UnitReport
+from flipkd.run.observe import observed
 from tests.run.conftest import World
 from tests.run.jobs import NAMES, make_job
 from tests.run.ray_cluster import ENVIRONMENT, RAY, free_port, wait_until
@@ -241,3 +244,12 @@ def _answers(url: str) -> bool:
             return True
     except OSError:
         return False
+
+
+def test_a_manifest_that_cannot_be_read_at_the_end_leaves_no_observer_behind(tmp_path: Path) -> None:
+    path = tmp_path / "night.prom"
+    (tmp_path / "out").mkdir()
+    with observed("score", RunOptions(metrics_file=str(path)), open_location(tmp_path / "out")):
+        (tmp_path / "out/_manifest.json").write_text("{")
+    assert parse(path.read_text())["flipkd_up", ()] == 0
+    assert not [thread for thread in threading.enumerate() if thread.name == "observer"]
