@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from flipkd.data.columns import take_rows
 from flipkd.data.shards import ShardReader
+from flipkd.errors import InputError
 from flipkd.run.job import available_cores
 from flipkd.run.plan_rescore import RescorePlan, plan_rescore
 from flipkd.run.rescore import RescoreWorker, rescore_task, select_pairs
@@ -57,12 +58,19 @@ def _sample(planned: RescorePlan, selection: Selection) -> tuple[int, pa.Table]:
     count, taken = 0, 0
     parts: list[pa.Table] = []
     for unit in planned.plan.units:
-        values = np.concatenate([*planned.column.values(unit), np.empty(0)])
-        chosen = selection.chosen(values, unit.output)
+        try:
+            values = np.concatenate([*planned.column.values(unit), np.empty(0)])
+            chosen = selection.chosen(values, unit.output)
+        except InputError:
+            if not planned.column.skip_bad_shards:
+                raise
+            continue
         count += int(np.count_nonzero(chosen))
         if taken < _SAMPLE_PAIRS and (chosen.any() or not parts):
             with ShardReader(planned.scores, unit.shard) as reader:
                 table = pa.concat_tables(unit.read(reader, names, TEXT_BATCH_ROWS))
             parts.append(take_rows(table, pa.array(np.flatnonzero(chosen)[: _SAMPLE_PAIRS - taken])))
             taken += parts[-1].num_rows
+    if not parts:
+        raise InputError(f"no file of {planned.scores.uri} can be read")
     return count, pa.concat_tables(parts)

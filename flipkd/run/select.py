@@ -2,8 +2,9 @@
 
 The uncertainty of a pair is how near its probability is to the threshold. To take exactly the N nearest of a whole job,
 all units are read twice, each time into a histogram of 65,536 bins, first over the upper half of a distance's bits and
-then, in the one bin where the budget ends, over the lower half: then the cut is known exactly. Where several pairs lie
-at the cut, the first ones in input order are taken. Memory grows with the number of units, not of pairs.
+then, in the one bin where the budget ends, over the lower half: then the cut is known exactly. Where more pairs lie at
+the cut than are wanted, the first ones in input order are taken, and all units are read a third time to count them.
+Memory grows with the number of units, not of pairs.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ _BINS = 1 << 16
 Values = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 Distances = npt.NDArray[np.uint32]
+Counts = npt.NDArray[np.int64]
+Count = Callable[[Counts], Counts]  # from distances to what is counted of them
 
 
 @dataclass(frozen=True)
@@ -60,14 +63,22 @@ class Nearest:
         center: the threshold.
         cut: bits of the distance, see ``_distances``.
         at_cut: how many pairs at the cut are chosen, by the output name of their unit; none in others.
+        left_out: output names of the units that could not be read to their end, so that their pairs were not counted.
     """
 
     center: float
     cut: int
     at_cut: Mapping[str, int] = field(default_factory=dict)
+    left_out: frozenset[str] = frozenset()
 
     def chosen(self, values: Values, unit: str) -> Mask:
-        """bool [P] for the P values of a whole unit, NaN where a pair has none."""
+        """bool [P] for the P values of a whole unit, NaN where a pair has none.
+
+        Raises:
+            InputError: the unit was left out; with its pairs there would be more than the budget allows.
+        """
+        if unit in self.left_out:
+            raise InputError(f"{unit} is left out: its pairs could not be read when they were chosen; run again")
         distances, scored = _distances(values, self.center)
         mask: Mask = scored & (distances < self.cut)
         ties = np.flatnonzero(scored & (distances == self.cut))
@@ -91,14 +102,14 @@ class ScoreColumn:
     skip_bad_shards: bool
 
     def values(self, unit: WorkUnit) -> Iterator[Values]:
-        """The values of a unit, in order. A file that cannot be read has none, where those are skipped."""
-        try:
-            with ShardReader(self.scores, unit.shard, may_skip=True) as reader:
-                for table in unit.read(reader, [self.name], _BATCH_ROWS):
-                    yield as_numbers(table.column(self.name))
-        except InputError:
-            if not self.skip_bad_shards:
-                raise
+        """The values of a unit, in order.
+
+        Raises:
+            InputError: the file cannot be read.
+        """
+        with ShardReader(self.scores, unit.shard, may_skip=True) as reader:
+            for table in unit.read(reader, [self.name], _BATCH_ROWS):
+                yield as_numbers(table.column(self.name))
 
 
 def select_nearest(
@@ -115,48 +126,72 @@ def select_nearest(
 
     Returns:
         The selection, how many pairs it holds, and how many have a score.
+
+    Raises:
+        InputError: a file cannot be read, and such files are not skipped.
     """
+    left_out: set[str] = set()
 
-    def count(unit: WorkUnit, upper: int | None) -> npt.NDArray[np.int64]:
-        bins = np.zeros(_BINS, np.int64)
-        for values in column.values(unit):
-            distances, scored = _distances(values, center)
-            kept = distances[scored].astype(np.int64)
-            kept = kept >> 16 if upper is None else kept[kept >> 16 == upper] & (_BINS - 1)
-            bins += np.bincount(kept, minlength=_BINS)
-        return bins
+    def counted(count: Count) -> Iterator[tuple[WorkUnit, Counts]]:
+        """The counts of each unit that can be read to its end, summed over its batches; the others are left out."""
 
-    def count_ties(unit: WorkUnit) -> int:
-        return sum(
-            int(np.count_nonzero(scored & (distances == cut)))
-            for distances, scored in (_distances(values, center) for values in column.values(unit))
-        )
+        def one(unit: WorkUnit) -> Counts | None:
+            total = np.zeros(1, np.int64)
+            try:
+                for values in column.values(unit):
+                    distances, scored = _distances(values, center)
+                    total = total + count(distances[scored].astype(np.int64))
+            except InputError:
+                if not column.skip_bad_shards:
+                    raise
+                return None
+            return total
 
-    with ThreadPoolExecutor(threads, "flipkd-select") as pool:
-        upper_bins = _sum(pool.map(lambda unit: count(unit, None), units))
+        present = [unit for unit in units if unit.output not in left_out]
+        for unit, counts in zip(present, pool.map(one, present), strict=True):
+            if counts is None:
+                left_out.add(unit.output)
+            else:
+                yield unit, counts
+
+    def nearest() -> tuple[Nearest, int, int] | None:
+        """None where a unit could be read before, and cannot now: what was counted holds no more."""
+        upper_bins = _sum(counted(lambda distances: np.bincount(distances >> 16, minlength=_BINS)))
+        known = frozenset(left_out)
         scored_pairs = int(upper_bins.sum())
         wanted = rows_of(scored_pairs)
         if not wanted:
-            return Nearest(center, 0), 0, scored_pairs
+            return Nearest(center, 0, left_out=known), 0, scored_pairs
         upper, left = _bin_of(upper_bins, wanted)
-        lower_bins = _sum(pool.map(lambda unit: count(unit, upper), units))
+        lower_bins = _sum(counted(lambda distances: _lower_bins(distances, upper)))
+        if left_out != known:
+            return None
         lower, left = _bin_of(lower_bins, left)
         cut = upper << 16 | lower
         if left == lower_bins[lower]:  # all at the cut are wanted
-            return Nearest(center, cut + 1), wanted, scored_pairs
+            return Nearest(center, cut + 1, left_out=known), wanted, scored_pairs
         at_cut: dict[str, int] = {}
-        for unit, ties in zip(units, pool.map(count_ties, units), strict=True):
-            if left and ties:
-                at_cut[unit.output] = min(ties, left)
+        for unit, ties in counted(lambda distances: np.array([np.count_nonzero(distances == cut)])):
+            if left and ties[0]:
+                at_cut[unit.output] = min(int(ties[0]), left)
                 left -= at_cut[unit.output]
-    return Nearest(center, cut, at_cut), wanted, scored_pairs
+        return (Nearest(center, cut, at_cut, known), wanted, scored_pairs) if left_out == known else None
+
+    with ThreadPoolExecutor(threads, "flipkd-select") as pool:
+        while (found := nearest()) is None:
+            continue
+    return found
 
 
-def _sum(counts: Iterator[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
+def _sum(counts: Iterator[tuple[WorkUnit, Counts]]) -> Counts:
     total = np.zeros(_BINS, np.int64)
-    for one in counts:
+    for _, one in counts:
         total += one
     return total
+
+
+def _lower_bins(distances: Counts, upper: int) -> Counts:
+    return np.bincount(distances[distances >> 16 == upper] & (_BINS - 1), minlength=_BINS)
 
 
 def _bin_of(bins: npt.NDArray[np.int64], wanted: int) -> tuple[int, int]:

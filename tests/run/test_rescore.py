@@ -6,7 +6,9 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ from flipkd.run.rescore import rescore
 from flipkd.run.rescore_config import RescoreConfig, budget_rows
 from flipkd.run.rescore_cost import dry_run
 from flipkd.run.select import Nearest, ScoreColumn, select_nearest
-from flipkd.run.units import plan_units
+from flipkd.run.units import WorkUnit, plan_units
 from tests.run.test_kill import contents
 from tests.small_models import make_base
 
@@ -153,6 +155,82 @@ def test_selection_is_a_stable_sort(
     assert (pairs, scored) == (min(wanted, len(known)), len(known))
     assert np.flatnonzero(np.concatenate(chosen)).tolist() == sorted(order[:wanted])
     assert isinstance(nearest, Nearest)
+
+
+class FickleColumn(ScoreColumn):
+    """Values of units that break off: by the unit's output, at which reading and after how many batches."""
+
+    breaks: dict[str, tuple[int, int]]
+    readings: Counter[str]
+
+    def values(self, unit: WorkUnit) -> Iterator[Any]:
+        reading, batches = self.breaks.get(unit.output, (99, 0))
+        self.readings[unit.output] += 1
+        for place, values in enumerate([*super().values(unit), None]):
+            if self.readings[unit.output] > reading and place == batches:
+                raise InputError("it breaks off")
+            if values is not None:
+                yield values
+
+
+@settings(max_examples=40)
+@given(
+    values=st.lists(st.sampled_from([0.1, 0.25, 0.4999, 0.5, 0.75]), min_size=8, max_size=40),
+    wanted=st.integers(1, 30),
+    breaks=st.dictionaries(st.integers(0, 4), st.tuples(st.integers(0, 3), st.integers(0, 2)), max_size=3),
+)
+def test_units_that_cannot_be_read_to_their_end_are_left_out_whole(
+    tmp_path_factory: pytest.TempPathFactory, values: list[float], wanted: int, breaks: dict[int, tuple[int, int]]
+) -> None:
+    """The pairs before the break were counted, and a unit that was lost between two passes was an IndexError."""
+    folder = tmp_path_factory.mktemp("selection")
+    pq.write_table(pa.table({"p": pa.array(values, pa.float32())}), folder / "a.parquet", row_group_size=8)
+    location = open_location(folder)
+    units = plan_units(location, find_shards(location), 8, "", split_row_groups=True).units
+    column = FickleColumn(location, "p", True)
+    outputs = {units[number].output: told for number, told in breaks.items() if number < len(units)}
+    vars(column).update(breaks=outputs, readings=Counter())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flipkd.run.select._BATCH_ROWS", 4)
+        nearest, pairs, scored = select_nearest(column, units, 0.5, lambda rows: min(rows, wanted), 2)
+    assert nearest.left_out <= outputs.keys()
+    whole = ScoreColumn(location, "p", True)
+    found, left = [], []
+    for unit in units:
+        own = np.concatenate([*whole.values(unit)])
+        if unit.output in nearest.left_out:
+            with pytest.raises(InputError, match="is left out"):
+                nearest.chosen(own, unit.output)
+            continue
+        found.append(nearest.chosen(own, unit.output))
+        left.append(own)
+    known = np.concatenate([*left, np.empty(0)])
+    assert (pairs, scored) == (min(wanted, len(known)), len(known))
+    order = np.argsort(np.abs(known.astype(np.float32) - np.float32(0.5)), kind="stable")
+    assert np.flatnonzero(np.concatenate([*found, np.empty(0, bool)])).tolist() == sorted(order[:pairs].tolist())
+
+
+def test_a_unit_that_was_not_counted_is_taken_up_later(
+    make_scores: MakeScores, llm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores, read_values = make_scores(), ScoreColumn.values
+    task = config(scores, llm_dir, tmp_path / "out", budget="10%", run=RunOptions(on_bad_shard="skip"))
+
+    def unreadable(self: ScoreColumn, unit: WorkUnit) -> Iterator[Any]:
+        if unit.shard.name == "part-1.parquet":
+            raise InputError("part-1.parquet is away")
+        return read_values(self, unit)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ScoreColumn, "values", unreadable)
+        assert dry_run(replace(task, output=str(tmp_path / "dry")))["pairs_to_rescore"] == 3
+        manifest = rescore(task)
+    assert not manifest["complete"]
+    assert manifest["counts"]["rescored"] == manifest["selection"]["pairs"] == 3
+    assert {"is left out" in skipped["error"] for skipped in manifest["skipped_units"]} == {True}
+    manifest = rescore(task)
+    assert manifest["complete"]
+    assert manifest["counts"]["rescored"] == 7
 
 
 def test_budgets_are_exact_and_checked() -> None:
