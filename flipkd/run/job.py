@@ -15,6 +15,7 @@ from flipkd.data.location import Location
 from flipkd.errors import ClusterError
 from flipkd.models.progress import Listener
 from flipkd.run.local import UnitFunction, run_local
+from flipkd.run.lock import check_locks
 from flipkd.run.manifest import MANIFEST, PLAN, Totals, UnitReport, versions
 from flipkd.run.observe import observed
 from flipkd.run.output import check_space, prepare
@@ -91,6 +92,7 @@ def run_job(job: Job, done: Mapping[str, UnitReport] | None = None) -> dict[str,
         for report in _execute(job, pending, stage.listener):
             totals.add(report)
             stage.add(report)
+            check_locks()
             if report.error is not None:
                 failures.append({"output": report.output, "error": report.error})
                 logger.warning("skipped %s: %s", report.output, report.error)

@@ -11,7 +11,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from flipkd.config import ScoreConfig
+from flipkd.config import RunOptions, ScoreConfig
 from flipkd.data.location import Location, open_location
 from flipkd.errors import OutputError, OutputInUseError
 from flipkd.run import local, lock
-from flipkd.run.lock import is_locked, locked
+from flipkd.run.lock import check_locks, is_locked, locked
 from flipkd.run.manifest import UnitReport
 from flipkd.run.pipeline import score
+from flipkd.run.score import ScoreWorker
+from flipkd.run.units import WorkUnit
 from tests.run.conftest import World
 
 MakePairs = Callable[..., Path]
@@ -102,69 +105,155 @@ def test_a_second_job_on_a_folder_is_refused(world: World, make_pairs: MakePairs
     assert len(contents(tmp_path / "out")) == 12
 
 
-def test_the_lock_of_an_object_store_is_refused_while_it_beats() -> None:
-    """ray#55043, where there are no locks of an operating system."""
-    folder = open_location("memory://flipkd-lock/out")
-    with locked(folder), pytest.raises(OutputInUseError), locked(folder):
-        pass
-    with locked(folder):  # and free again
-        pass
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Locks of object stores in much less than their time."""
+    for name, seconds in (("_HEARTBEAT_S", 0.1), ("_UNCHANGED_S", 2.0), ("_LOOK_S", 0.05)):
+        monkeypatch.setattr(lock, name, seconds)
 
 
-def test_of_two_jobs_that_start_together_on_an_object_store_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, both = open_location("memory://flipkd-lock/together"), threading.Barrier(2)
-    looked, held, one_reader = lock._holder, [], threading.Lock()
+@pytest.fixture
+def remote(tmp_path: Path) -> Location:
+    """A folder that is not known to be local, in real files: fsspec gives all readers of one in memory one position."""
+    return open_location(f"local://{tmp_path}/remote")
 
-    def look(target: Location) -> str | None:
-        with one_reader:  # fsspec gives all readers of a file in memory one position
-            found = looked(target)
-        if not held and both.n_waiting < 2 and not both.broken:
-            with contextlib.suppress(threading.BrokenBarrierError):
-                both.wait(0.2)
-        return found
 
-    def work() -> None:
-        with contextlib.suppress(OutputInUseError), locked(folder):
-            held.append(threading.get_ident())
-            time.sleep(1.5)
+def lock_file(folder: Location) -> Path:
+    return Path(folder.path) / ".flipkd/lock"
 
-    monkeypatch.setattr(lock, "_holder", look)
-    threads = [threading.Thread(target=work) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
+
+@contextlib.contextmanager
+def beating(path: Path, clock_s: float) -> Iterator[None]:
+    """Another machine's job renews the lock; its clock is off by so much."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(0.1):
+            path.write_text(json.dumps({"holder": "elsewhere", "time": time.time() + clock_s}))
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"holder": "elsewhere", "time": time.time() + clock_s}))
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
         thread.join()
-    assert len(held) == 1
 
 
-def test_a_job_whose_lock_was_taken_over_leaves_it() -> None:
-    """It stood still for longer than two minutes; its end must not let a third one in."""
-    folder = open_location("memory://flipkd-lock/taken")
-    with contextlib.ExitStack() as second:
-        with locked(folder):
-            (path,) = fsspec.filesystem("memory").find("/flipkd-lock/taken")
-            found = json.loads(fsspec.filesystem("memory").cat(path))
-            fsspec.filesystem("memory").pipe(path, json.dumps({**found, "time": found["time"] - 1_000}).encode())
-            assert not is_locked(folder)
-            second.enter_context(locked(folder))
-        assert is_locked(folder)
-        with pytest.raises(OutputInUseError), locked(folder):
+@pytest.mark.usefixtures("quick")
+class TestLocksOfObjectStores:
+    def test_it_is_refused_while_it_beats(self, remote: Location) -> None:
+        """ray#55043, where there are no locks of an operating system."""
+        with locked(remote), pytest.raises(OutputInUseError), locked(remote):
             pass
-    assert not is_locked(folder)
+        with locked(remote):  # and free again
+            pass
+
+    @pytest.mark.parametrize("clock_s", [-1_000, 0, 1_000])
+    def test_a_live_one_is_not_taken_whatever_its_clock_says(self, remote: Location, clock_s: float) -> None:
+        with beating(lock_file(remote), clock_s), pytest.raises(OutputInUseError), locked(remote):
+            pass
+
+    @pytest.mark.parametrize("clock_s", [-1_000, 0, 1_000])
+    def test_a_dead_one_is_taken_whatever_its_clock_said(
+        self, remote: Location, clock_s: float, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        with beating(lock_file(remote), clock_s):
+            pass
+        with locked(remote) as held:
+            held.check()
+        assert "lock is there: waiting for up to 2 s to see whether a job renews it" in caplog.text
+
+    def test_who_waits_has_it_after_the_other_job(self, remote: Location, caplog: pytest.LogCaptureFixture) -> None:
+        with contextlib.ExitStack() as other:
+            other.enter_context(beating(lock_file(remote), 0))
+            threading.Timer(2, other.pop_all().close).start()
+            with locked(remote, waits=True):
+                assert "waiting for another job that works on" in caplog.text
+
+    def test_of_two_jobs_that_start_together_one_is_refused(
+        self, remote: Location, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        both, held, looked = threading.Barrier(2), [], lock._content
+
+        def look(target: Location) -> bytes | None:
+            found = looked(target)
+            if not held and both.n_waiting < 2 and not both.broken:
+                with contextlib.suppress(threading.BrokenBarrierError):
+                    both.wait(0.2)
+            return found
+
+        def work() -> None:
+            with contextlib.suppress(OutputInUseError), locked(remote):
+                held.append(threading.get_ident())
+                time.sleep(1.5)
+
+        monkeypatch.setattr(lock, "_content", look)
+        threads = [threading.Thread(target=work) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(held) == 1
+
+    def test_a_job_whose_lock_was_taken_over_learns_it_and_leaves_it(
+        self, remote: Location, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It stood still for longer than a minute; its end must not let a third one in."""
+        with contextlib.ExitStack() as second:
+            monkeypatch.setattr(lock, "_HEARTBEAT_S", 1_000)
+            with locked(remote) as first:
+                first.check()
+                monkeypatch.setattr(lock, "_HEARTBEAT_S", 0.2)
+                second.enter_context(locked(remote))
+                with pytest.raises(OutputInUseError, match="another job has taken over"):
+                    first.check()
+                with pytest.raises(OutputInUseError):
+                    check_locks()
+            assert is_locked(remote)
+            check_locks()  # the second one's is held
+            with pytest.raises(OutputInUseError), locked(remote):
+                pass
+        assert not is_locked(remote)
+
+    @pytest.mark.parametrize("is_gone", [False, True])
+    def test_a_job_that_has_lost_its_lock_ends(
+        self, world: World, make_pairs: MakePairs, remote: Location, monkeypatch: pytest.MonkeyPatch, is_gone: bool
+    ) -> None:
+        """The other job may be at its work, or have finished it."""
+        other, call, units = json.dumps({"holder": "elsewhere", "time": time.time()}), ScoreWorker.__call__, []
+
+        def slowly(self: ScoreWorker, unit: WorkUnit) -> UnitReport:
+            units.append(unit)
+            if len(units) == 2:
+                lock_file(remote).unlink() if is_gone else lock_file(remote).write_text(other)
+            time.sleep(0.3)
+            return call(self, unit)
+
+        monkeypatch.setattr(ScoreWorker, "__call__", slowly)
+        task = replace(config(world, make_pairs(), Path()), output=remote.address, run=RunOptions(threads=1))
+        with pytest.raises(OutputInUseError, match=r"another job has taken over .*; this one ends"):
+            score(task)
+        assert 2 <= len(units) < 12
+        assert not (Path(remote.path) / "_manifest.json").exists()
+        assert lock_file(remote).exists() is not is_gone
+        assert is_gone or lock_file(remote).read_text() == other
 
 
 def test_a_lock_is_renewed_after_a_look_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The network was away for a moment; the thread that renews must not end with it."""
-    folder, looked, failed = open_location("memory://flipkd-lock/away"), lock._holder, []
+    folder, looked, failed = open_location("memory://flipkd-lock/away"), lock._content, []
 
-    def look(target: Location) -> str | None:
+    def look(target: Location) -> bytes | None:
         if threading.current_thread() is not threading.main_thread() and not failed:
             failed.append(True)
             raise OSError("the network went away")
         return looked(target)
 
     monkeypatch.setattr(lock, "_HEARTBEAT_S", 0.05)
-    monkeypatch.setattr(lock, "_holder", look)
+    monkeypatch.setattr(lock, "_content", look)
     with locked(folder):
         (path,) = fsspec.filesystem("memory").find("/flipkd-lock/away")
         wait_s = time.monotonic() + 20
@@ -262,15 +351,17 @@ def test_resume_of_a_large_job_starts_within_seconds(
     assert os.path.getsize(tmp_path / "out/.flipkd/plan.json") < 2000  # state does not grow with rows
 
 
-def test_a_lock_that_is_just_being_written_is_not_free() -> None:
+@pytest.mark.usefixtures("quick")
+def test_a_lock_that_is_just_being_written_is_not_free(remote: Location) -> None:
     """On a filesystem with real files (sftp) the holder's object is empty for a moment."""
-    folder, memory = open_location("memory://flipkd-lock/written"), fsspec.filesystem("memory")
-    with locked(folder):
-        (path,) = memory.find("/flipkd-lock/written")
-        text = memory.cat(path)
-        memory.pipe(path, b"")
-        writer = threading.Timer(0.1, memory.pipe, (path, text))
-        writer.start()
-        with pytest.raises(OutputInUseError), locked(folder):
-            pass
-        writer.join()
+    lock_file(remote).parent.mkdir(parents=True)
+    lock_file(remote).write_bytes(b"")
+    writer = threading.Timer(0.1, lock_file(remote).write_text, (json.dumps({"holder": "x", "time": time.time()}),))
+    writer.start()
+    assert is_locked(remote)
+    lock_file(remote).write_bytes(b"")
+    writer = threading.Timer(0.1, lock_file(remote).write_text, (json.dumps({"holder": "x", "time": time.time()}),))
+    writer.start()
+    with pytest.raises(OutputInUseError), locked(remote):
+        pass
+    writer.join()

@@ -191,6 +191,7 @@ def test_what_may_not_be_read_is_named(
     )  # fmt: skip
     score(task)
     remote.touch("/flipkd-bucket/out/.flipkd/lock")
+    monkeypatch.setattr("flipkd.run.lock._UNCHANGED_S", 0.1)  # it is a dead job's
     allowed = getattr(type(remote), method)
 
     def refusing(self: object, path: str, *arguments: object, **options: object) -> object:
