@@ -31,6 +31,7 @@ def publish_folder(target: Path, write: Callable[[Path], None]) -> None:
 
     Raises:
         OutputError: the disk is full, or not writable; nothing is left behind.
+        InputError: ``write`` could not read a file of elsewhere; likewise.
     """
     target = Path(os.path.realpath(target))
     hidden = target.parent / f".{target.name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}"
@@ -38,13 +39,16 @@ def publish_folder(target: Path, write: Callable[[Path], None]) -> None:
     with writing(str(target)):
         try:
             make_private_folder(str(hidden))
-            write(hidden)
+            _fill(hidden, write)
             files = _files(hidden)
             seal = {name: [path.stat().st_size, _digest(path)] for name, path in files.items()}
             (hidden / SEAL).write_text(json.dumps(seal, indent=1))
+            folders = [hidden]
             for path in hidden.rglob("*"):
                 path.chmod(0o700 if path.is_dir() else 0o600)
-            for path in [*files.values(), hidden / SEAL]:
+                if path.is_dir() and not path.is_symlink():
+                    folders.append(path)
+            for path in [*files.values(), hidden / SEAL, *folders]:
                 sync(str(path))
             if target.exists():
                 target.rename(old)
@@ -58,6 +62,17 @@ def publish_folder(target: Path, write: Callable[[Path], None]) -> None:
         finally:
             shutil.rmtree(hidden, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _fill(hidden: Path, write: Callable[[Path], None]) -> None:
+    """Has ``write`` fill the folder; an error at a file of elsewhere is one of reading."""
+    try:
+        write(hidden)
+    except OSError as error:
+        name = error.filename
+        if name is None or hidden in (Path(os.fsdecode(name)), *Path(os.fsdecode(name)).parents):
+            raise
+        raise InputError(f"cannot read {os.fsdecode(name)}: {reason(error)}; mend it and run again") from error
 
 
 def is_whole(folder: Path) -> bool:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from flipkd.data.commit import read_json, sync
+from flipkd.data.commit import read_json
 from flipkd.data.find import PARQUET_SUFFIXES, find_shards
 from flipkd.data.folders import check_replaceable, publish_folder
 from flipkd.data.location import Location, open_location
@@ -154,8 +154,6 @@ def export_student(
         text = json.dumps({**facts, "fingerprint": folder_fingerprint(folder)}, indent=2)
         (folder / FLIPKD_FILE).write_text(text + "\n")
         found.update(json.loads(text))
-        for path in (folder, *(path for path in folder.iterdir() if path.is_dir())):
-            sync(str(path))
 
     publish_folder(target, write)
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import shutil
 from pathlib import Path
 
 import pytest
 
 from flipkd.data.commit import make_private_folder
 from flipkd.data.folders import SEAL, is_whole, publish_folder, remove_published, remove_unpublished
-from flipkd.errors import InputError
+from flipkd.errors import InputError, OutputError
 
 
 def test_parents_that_are_made_are_private_too(tmp_path: Path) -> None:
@@ -28,6 +29,41 @@ def test_a_folder_is_published_whole(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
     publish_folder(tmp_path / "target", lambda folder: (folder / "other").touch())  # replaced, not merged
     assert sorted(path.name for path in (tmp_path / "target").iterdir()) == [SEAL, "other"]
+
+
+def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[str] = []
+
+    def flush(path: str) -> None:
+        assert (tmp_path / "target").exists() is (Path(path) == tmp_path)
+        flushed.append(path)
+
+    def write(folder: Path) -> None:
+        (folder / "inner").mkdir()
+        (folder / "inner/weights").write_bytes(b"12345")
+
+    monkeypatch.setattr("flipkd.data.folders.sync", flush)
+    publish_folder(tmp_path / "target", write)
+    (hidden,) = {path for path in map(Path, flushed) if path.parent == tmp_path}
+    names = {path.relative_to(hidden).as_posix() for path in map(Path, flushed) if path not in (tmp_path, hidden)}
+    assert names == {"inner", "inner/weights", SEAL}
+    assert flushed[-1] == str(tmp_path)
+
+
+def test_a_file_of_elsewhere_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    """It was told as: cannot write the folder, no such file."""
+    missing = tmp_path / "base/weights"
+    with pytest.raises(InputError, match=f"^cannot read {missing}: No such file or directory; mend it and run again$"):
+        publish_folder(tmp_path / "target", lambda folder: shutil.copy(missing, folder / "weights") and None)
+    with pytest.raises(OutputError, match=f"^cannot write {tmp_path}/target: No such file or directory"):
+        publish_folder(tmp_path / "target", lambda folder: (folder / "no/weights").touch())
+    with pytest.raises(OutputError, match=f"^cannot write {tmp_path}/target: No space left on device"):
+        publish_folder(tmp_path / "target", full)
+    assert not list(tmp_path.iterdir())
+
+
+def full(folder: Path) -> None:
+    raise OSError(errno.ENOSPC, "")
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "missing", "no seal"])
