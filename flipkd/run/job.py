@@ -72,6 +72,7 @@ def run_job(job: Job, done: Mapping[str, UnitReport] | None = None) -> dict[str,
 
     Raises:
         OutputError: the output folder is another run's, or cannot be written.
+        OutputInUseError: another job has taken over the lock of the folder.
         InputError: an input file cannot be read, unless bad shards are skipped.
         ClusterError: the Ray job stalled, or more units failed than the error budget allows.
     """

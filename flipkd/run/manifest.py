@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from flipkd.data.commit import read_json
 from flipkd.data.json_files import check_fields, parse_object
-from flipkd.data.location import Location, reason
+from flipkd.data.location import Location, may_pass, reason
 from flipkd.errors import InputError
 
 MANIFEST = "_manifest.json"
@@ -140,13 +140,14 @@ def read_output(root: Location, name: str, columns: list[str] | None) -> pa.Tabl
     """Reads a whole file that an earlier stage has written.
 
     Raises:
-        InputError: it is damaged.
+        InputError: it is damaged, or cannot be read now.
     """
     try:
         with root.filesystem.open_input_file(root.child(name).path) as source:
             return pq.ParquetFile(source, page_checksum_verification=True).read(columns)
     except (OSError, pa.ArrowException) as error:
-        raise InputError(f"cannot read {root.child(name).uri}: {reason(error)}; remove it and run again") from error
+        way_out = "run again" if may_pass(error) else "remove it and run again"
+        raise InputError(f"cannot read {root.child(name).uri}: {reason(error)}; {way_out}") from error
 
 
 def _end_of_pages(footer: pq.FileMetaData) -> int:

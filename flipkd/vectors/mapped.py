@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flipkd.data.location import may_pass
 from flipkd.errors import InputError
 
 PIECE_BYTES = 8 << 20
@@ -35,7 +36,8 @@ def map_file(path: Path, dtype: Any, *, writable: bool = False) -> NDArray[Any]:
                 return np.empty(0, dtype)
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ)
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be mapped ({error}); encode the records again") from error
+        way_out = "run again" if may_pass(error) else "encode the records again"
+        raise InputError(f"{path} cannot be mapped ({error}); {way_out}") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel built without huge pages
             mapped.madvise(mmap.MADV_HUGEPAGE)

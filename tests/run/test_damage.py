@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +29,7 @@ from flipkd.run.pipeline import score
 from flipkd.run.status import status
 from flipkd.run.store_folder import sealed_header
 from flipkd.vectors.cache import open_cache
+from flipkd.vectors.mapped import map_file
 from flipkd.vectors.rows import VectorRows
 from flipkd.vectors.segment_files import segment_paths
 from tests.run.conftest import World
@@ -141,6 +143,27 @@ def test_a_flipped_bit_is_seen_by_who_resumes_or_who_reads(job: ScoreConfig) -> 
     assert seen["made again"] > 20
     assert seen["pages: an error for who reads"] > 5
     assert seen["pages: other rows"] == 0
+
+
+def test_nobody_is_told_to_remove_what_cannot_be_read_now(job: ScoreConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = sorted(path.name for path in Path(job.output).glob("*.parquet"))[0]
+
+    def failing(error: OSError) -> Callable[..., Any]:
+        def open_file(*_: object, **__: object) -> None:
+            raise error
+
+        return open_file
+
+    for error, way_out in (
+        (OSError(errno.EMFILE, ""), "files; run again"),
+        (OSError("bad"), "remove it and run again"),
+    ):
+        monkeypatch.setattr("flipkd.run.manifest.pq.ParquetFile", failing(error))
+        with pytest.raises(InputError, match=f"{way_out}$"):
+            read_output(open_location(job.output), name, None)
+        monkeypatch.setattr("flipkd.vectors.mapped.mmap.mmap", failing(error))
+        with pytest.raises(InputError, match="; run again$" if error.errno else "encode the records again$"):
+            map_file(Path(job.output) / name, np.uint8)
 
 
 @pytest.mark.parametrize("name", ["_manifest.json", ".flipkd/plan.json"])
