@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import re
+import tracemalloc
+from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
 from flipkd.cli import main
 from flipkd.config import EncodeConfig, ScoreConfig, TeachConfig
+from flipkd.data.commit import ShardWriter
+from flipkd.data.location import Location, open_location
 from flipkd.run.encode import row_bytes
+from flipkd.run.manifest import UnitReport
 from flipkd.run.rescore_config import RescoreConfig
+from flipkd.run.texts import merge_texts
+from flipkd.run.top_k import LEFT_ROW, SCORE, compare_candidates
 from flipkd.vectors.index import MAX_ROWS
 from flipkd.vectors.layout import store_files
 from flipkd.vectors.segments import segment_bytes
@@ -50,6 +60,54 @@ def test_bytes_of_a_cached_text() -> None:
 def test_free_disk_that_encode_asks_for() -> None:
     assert f"{row_bytes(384, 'int8')} bytes for MiniLM in int8" in TEXT
     assert f"free disk that `encode` asks for | {row_bytes(128, 'int8') * ROWS / 1e9:.1f} GB" in TEXT
+
+
+def _lists(folder: Location, tables: list[pa.Table]) -> list[str]:
+    names = [f"{number}.parquet" for number in range(len(tables))]
+    for name, one in zip(names, tables, strict=True):
+        footer = UnitReport(name, one.num_rows, one.num_rows).footer("texts", "run", name)
+        with ShardWriter(folder, name, one.schema, footer, {}) as writer:
+            writer.write(one)
+            writer.commit()
+    return names
+
+
+def _peak_bytes(work: Callable[[], object]) -> int:
+    """Of NumPy and of Arrow, each at its own highest."""
+    usual = pa.default_memory_pool()
+    pool = pa.proxy_memory_pool(usual)
+    pa.set_memory_pool(pool)
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1] + int(pool.max_memory() or 0)
+    finally:
+        tracemalloc.stop()
+        pa.set_memory_pool(usual)
+
+
+def test_memory_of_the_driver(tmp_path: Path) -> None:
+    """One run over all texts, and one over all candidates: 64 units each, so that one alone weighs little."""
+    units, rows = 64, 1 << 14
+    root, random = open_location(tmp_path), np.random.default_rng(0)
+    ids = pa.array([bytes(one) for one in random.integers(0, 256, (rows, 16), np.uint8)], pa.binary(16))
+    names = _lists(
+        root.child("lists"), [pa.table({"id": ids, "text": pa.array(["t"] * rows, pa.large_string())})] * units
+    )
+    told = re.search(r"pairs with inline texts \| ([0-9]+) bytes for each text in the lists", TEXT)
+    assert told is not None
+    peak = _peak_bytes(lambda: merge_texts(root.child("lists"), names, root.child("texts")))
+    assert 0.7 * int(told[1]) < peak / (units * rows) <= int(told[1])
+
+    scored = [
+        pa.table({LEFT_ROW: random.integers(0, 1 << 17, rows), SCORE: random.random(rows, np.float32)})
+        for _ in range(units)
+    ]
+    names = _lists(root.child("candidates"), scored)
+    told = re.search(r"`--top-k` \| ([0-9]+) bytes for each candidate", TEXT)
+    assert told is not None
+    peak = _peak_bytes(lambda: compare_candidates(root.child("candidates"), names, 3, root.child("kept")))
+    assert 0.7 * int(told[1]) < peak / (units * rows) <= int(told[1])
 
 
 def _has_flag(command: str, flag: str) -> bool:

@@ -219,9 +219,10 @@ def _top_k_job(planned: ScorePlan, task: ScoreTask, job: Job) -> tuple[Job, dict
     failed = {failure["output"] for failure in found["skipped_units"]}
     units = [unit for unit in job.plan.units if unit.output not in failed]
     names = [unit.output for unit in units]
-    keep = dict(zip(names, compare_candidates(candidates, names, config.top_k), strict=True))
+    kept = planned.work.child("kept")
+    compare_candidates(candidates, names, config.top_k, kept)
     basis = fingerprint({"compared": names, "unread": task.basis})
-    last = TopKTask(candidates, task.output, task.run_fingerprint, keep, basis)
+    last = TopKTask(candidates, kept, task.output, task.run_fingerprint, basis)
     last_job = replace(job, plan=replace(job.plan, units=units), make_worker=partial(TopKWorker, last))
     return last_job, summary(found), basis
 

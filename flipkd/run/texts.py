@@ -21,9 +21,11 @@ from flipkd.data.location import Location
 from flipkd.data.pairs import distinct_texts
 from flipkd.data.records import DIGEST_BYTES, text_digests
 from flipkd.data.shards import ShardReader
-from flipkd.run.manifest import MANIFEST, UnitReport, read_output
+from flipkd.run.manifest import MANIFEST, UnitReport, read_output, read_reports
 from flipkd.run.output import remove_folder
 from flipkd.run.units import WorkUnit, fingerprint
+from flipkd.vectors.cache import first_of_each
+from flipkd.vectors.segments import Words
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,8 @@ _SCHEMA = pa.schema([("id", pa.binary(DIGEST_BYTES)), (TEXT_COLUMN, pa.large_str
 _OPTIONS = {"compression": "lz4", "use_dictionary": False, "write_statistics": False}
 _BATCH_ROWS = 1 << 15
 _ROWS_PER_FILE = 1_000_000
+# Digests are compared in so many parts, one after another: what a comparison takes is small beside the digests then.
+_PARTS = 16
 SAMPLE_ROWS = 1 << 15
 
 
@@ -112,20 +116,23 @@ def is_merged(names: Sequence[str], output: Location) -> bool:
 def merge_texts(lists: Location, names: Sequence[str], output: Location) -> None:
     """Keeps the first of each text over all lists, in order, as Parquet files below ``output``.
 
-    Needs 24 bytes of memory per listed text while it runs.
+    Needs about 24 bytes of memory per listed text while it runs, and the texts of one unit and of one file.
+
+    Raises:
+        InputError: a list is damaged.
     """
     remove_folder(output)
-    digests = [_as_keys(read_output(lists, name, ["id"]).column("id")) for name in names]
-    keys = np.concatenate(digests) if digests else np.empty(0, f"V{DIGEST_BYTES}")
-    first = np.zeros(len(keys), np.bool_)
-    first[np.unique(keys, return_index=True)[1]] = True
-    start = files = 0
+    stops = np.cumsum([report.rows_out for report in read_reports(lists, names)], dtype=np.int64)
+    starts = np.concatenate([[0], stops[:-1]]) if names else stops
+    keys = np.empty((stops[-1] if names else 0, 2), np.uint64)
+    for name, start, stop in zip(names, starts, stops, strict=True):
+        keys[start:stop] = _as_keys(read_output(lists, name, ["id"]).column("id"))
+    first = _is_first(keys)
+    files = 0
     waiting: list[pa.Table] = []
-    for position, name in enumerate(names):
-        stop = start + len(digests[position])
+    for name, start, stop in zip(names, starts, stops, strict=True):
         waiting.append(read_output(lists, name, None).filter(pa.array(first[start:stop])))
-        start = stop
-        if sum(table.num_rows for table in waiting) >= _ROWS_PER_FILE or position == len(names) - 1:
+        if sum(table.num_rows for table in waiting) >= _ROWS_PER_FILE or name == names[-1]:
             with ShardWriter(output, f"texts-{files:05d}.parquet", _SCHEMA, {}, _OPTIONS) as writer:
                 writer.write(pa.concat_tables(waiting))
                 writer.commit()
@@ -133,15 +140,26 @@ def merge_texts(lists: Location, names: Sequence[str], output: Location) -> None
     write_json(output, MANIFEST, {"rows": int(first.sum()), "lists": fingerprint({"lists": list(names)})})
 
 
-def _as_keys(digests: pa.ChunkedArray) -> npt.NDArray[np.void]:
+def _is_first(keys: Words) -> npt.NDArray[np.bool_]:
+    """[N] whether a key of [N, 2] is the first of its kind."""
+    first = np.zeros(len(keys), np.bool_)
+    part = keys.view(np.uint8)[:, 0] % _PARTS
+    for number in range(_PARTS):
+        places = np.flatnonzero(part == number)
+        first[places[first_of_each(keys[places])]] = True
+    return first
+
+
+def _as_keys(digests: pa.ChunkedArray) -> Words:
+    """[N, 2] numbers that are equal where the digests are."""
     array = digests.combine_chunks()
     if isinstance(array, pa.ChunkedArray):
         array = pa.concat_arrays(array.chunks)
     data = np.frombuffer(array.buffers()[1], np.uint8)
     offset = array.offset * DIGEST_BYTES
-    return data[offset : offset + len(array) * DIGEST_BYTES].view(f"V{DIGEST_BYTES}")
+    return data[offset : offset + len(array) * DIGEST_BYTES].view(np.uint64).reshape(-1, 2)
 
 
 def _first_of_each(table: pa.Table) -> pa.Table:
-    first = np.sort(np.unique(_as_keys(table.column("id")), return_index=True)[1])
+    first = np.sort(first_of_each(_as_keys(table.column("id"))))
     return table if len(first) == table.num_rows else table.take(pa.array(first)).combine_chunks()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,6 +24,9 @@ from flipkd.run.units import WorkUnit
 
 LEFT_ROW = "flipkd_left_row"
 SCORE = "flipkd_score"
+_KEPT = pa.schema([("place", pa.int64())])
+# Candidates are compared in so many parts, one after another: what a comparison takes is small beside them then.
+_PARTS = 16
 Positions = npt.NDArray[np.int64]
 
 
@@ -45,19 +49,42 @@ def best_positions(left: npt.NDArray[np.integer], score: npt.NDArray[np.float32]
     return np.sort(order[rank < k])
 
 
-def compare_candidates(candidates: Location, names: Sequence[str], k: int) -> list[Positions]:
-    """For each unit's candidates, the places of those that are among the K best of all.
+def compare_candidates(candidates: Location, names: Sequence[str], k: int, kept: Location) -> None:
+    """Writes, for each unit's candidates, the places of those that are among the K best of all.
 
-    Needs about 40 bytes of memory per candidate while it runs.
+    Needs about 16 bytes of memory per candidate while it runs.
+
+    Args:
+        candidates: folder of the candidates.
+        names: of the units' outputs there.
+        k: at least 1.
+        kept: folder for the places, one file per unit, of the same name.
+
+    Raises:
+        InputError: candidates are damaged.
+        OutputError: the places cannot be written.
     """
-    tables = [read_output(candidates, name, [LEFT_ROW, SCORE]) for name in names]
-    if not tables:
-        return []
-    table = pa.concat_tables(tables)
-    best = best_positions(table.column(LEFT_ROW).to_numpy(), table.column(SCORE).to_numpy(), k)
-    ends = np.cumsum([part.num_rows for part in tables])
-    starts = ends - [part.num_rows for part in tables]
-    return [best[slice(*np.searchsorted(best, (start, end)))] - start for start, end in zip(starts, ends, strict=True)]
+    stops = np.cumsum([report.rows_out for report in read_reports(candidates, names)], dtype=np.int64)
+    starts = np.concatenate([[0], stops[:-1]]) if names else stops
+    rows = stops[-1] if names else 0
+    left, score = np.empty(rows, np.uint32), np.empty(rows, np.float32)
+    for name, start, stop in zip(names, starts, stops, strict=True):
+        table = read_output(candidates, name, [LEFT_ROW, SCORE])
+        left[start:stop], score[start:stop] = table.column(LEFT_ROW).to_numpy(), table.column(SCORE).to_numpy()
+    part = (left % _PARTS).astype(np.uint8)
+    best = np.zeros(rows, np.bool_)
+    for number in range(_PARTS):
+        places = np.flatnonzero(part == number)
+        best[places[best_positions(left[places], score[places], k)]] = True
+
+    def write(name: str, start: int, stop: int) -> None:
+        table = pa.table([pa.array(np.flatnonzero(best[start:stop]))], schema=_KEPT)
+        with ShardWriter(kept, name, _KEPT, {}, write_options(table)) as writer:
+            writer.write(table)
+            writer.commit()
+
+    with ThreadPoolExecutor(max_workers=16) as pool:  # each waits for the disk
+        list(pool.map(write, names, starts, stops))
 
 
 @dataclass(frozen=True)
@@ -66,16 +93,16 @@ class TopKTask:
 
     Args:
         candidates: folder of the candidates, one file per unit.
+        kept: folder of the survivors' places among a unit's candidates, see ``compare_candidates``.
         output: the output folder.
         run_fingerprint: of the run.
-        keep: per unit output name, the places of the survivors.
         basis: fingerprint of the units whose candidates were compared; see ``UnitReport``.
     """
 
     candidates: Location
+    kept: Location
     output: Location
     run_fingerprint: str
-    keep: dict[str, Positions]
     basis: str
 
 
@@ -90,7 +117,7 @@ class TopKWorker:
         """Runs one unit."""
         task, started = self._task, time.perf_counter()
         table = read_output(task.candidates, unit.output, None).drop_columns([LEFT_ROW, SCORE])
-        table = take_rows(table, pa.array(task.keep[unit.output]))
+        table = take_rows(table, read_output(task.kept, unit.output, None).column("place").combine_chunks())
         (seen,) = read_reports(task.candidates, [unit.output])
         report = replace(seen, rows_out=table.num_rows, basis=task.basis)
         metadata = report.footer("score", task.run_fingerprint, unit.fingerprint)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,8 @@ from hypothesis import strategies as st
 
 from flipkd.cli import main
 from flipkd.config import ScoreConfig
+from flipkd.run import pipeline
+from flipkd.run.job import Job
 from flipkd.run.pipeline import score
 from flipkd.run.status import status
 from flipkd.run.top_k import best_positions
@@ -68,6 +71,22 @@ def test_the_best_of_each_left_record_over_all_files(
     assert (manifest["rows_in"], manifest["rows_out"]) == (800, len(expected))
     assert score(best)["units_resumed"] == manifest["units"]
     assert isinstance(found, pa.Table)
+
+
+def test_what_is_kept_reaches_a_worker_through_the_disk(
+    world: World, make_pairs: MakePairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, run_job = {}, pipeline.run_job
+
+    def watched(job: Job, *rest: Any) -> dict[str, Any]:
+        sizes[job.kind] = len(pickle.dumps(job.make_worker))
+        return run_job(job, *rest)
+
+    monkeypatch.setattr(pipeline, "run_job", watched)
+    stores = {"store": world.left_store, "right_store": world.right_store}
+    manifest = score(ScoreConfig(str(make_pairs(files=2, rows=3000)), str(tmp_path / "out"), **stores, top_k=1000))
+    assert manifest["rows_out"] > 5000
+    assert sizes["score"] < 2000  # of what Ray gives to every worker
 
 
 @pytest.mark.parametrize("broken", ["page", "footer"])
