@@ -111,7 +111,8 @@ def run_stages(config: NightConfig, folder: Path, journal: Journal) -> dict[str,
 def store_stages(config: ScoreConfig, stores: Path) -> tuple[ScoreConfig, dict[str, EncodeConfig]]:
     """Splits scoring over record tables in two: encoding them into stores of the night, and scoring with these.
 
-    ``score`` alone would keep a store of every night in the cache. Without record tables there is nothing to split.
+    ``score`` alone would keep its store in the cache, where the next night deletes it. Without record tables there is
+    nothing to split.
     """
     if config.records is None or config.encoder is None:
         return config, {}

@@ -18,7 +18,6 @@ import pyarrow.compute as pc
 
 from flipkd.config import EncodeConfig
 from flipkd.data.columns import take_rows
-from flipkd.data.commit import writing
 from flipkd.data.find import PARQUET_SUFFIXES, find_shards
 from flipkd.data.location import Location, open_location, reason
 from flipkd.data.records import render_texts
@@ -27,15 +26,15 @@ from flipkd.data.template import template_fields
 from flipkd.errors import InputError
 from flipkd.run.cached_encoder import cache_root
 from flipkd.run.encode import PARTS
+from flipkd.run.kept_stores import remove_store
 from flipkd.run.lock import locked
-from flipkd.run.manifest import MANIFEST
 from flipkd.run.output import STORE_NAME, WORK_NAME, remove_folder
 from flipkd.run.record_schema import RecordSchema
 from flipkd.run.record_template import with_recorded_template
 from flipkd.run.store_folder import has_rest
 from flipkd.vectors.cache_tidy import forget_texts
 from flipkd.vectors.id_types import check_id_type, decoded
-from flipkd.vectors.layout import HEADER_FILE, SEALING_FOLDER, STORE_FILES
+from flipkd.vectors.layout import SEALING_FOLDER
 from flipkd.vectors.store import VectorStore, is_sealed
 
 _INTEGER = re.compile(rb"-?[0-9]{1,20}")
@@ -144,12 +143,7 @@ def _forget_store(store: Location, wanted: pa.Array) -> bool:
             index = VectorStore.open(folder).index
             if not len(wanted) or (index.look_up(_as_stored(wanted, index.kind)) < 0).all():
                 return False
-        with writing(store.uri):
-            (folder / HEADER_FILE).unlink(missing_ok=True)  # first: without it nobody takes the rest for a store
-            for name in (*STORE_FILES, MANIFEST):
-                (folder / name).unlink(missing_ok=True)
-        remove_folder(store.child(PARTS))
-        remove_folder(store.child(SEALING_FOLDER))
+        remove_store(store)
     return True
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,6 +22,7 @@ from flipkd.run.encode import (
     plan_encode,
 )
 from flipkd.run.job import Job, plan_facts, run_job
+from flipkd.run.kept_stores import in_use, remove_older
 from flipkd.run.lock import locked
 from flipkd.run.manifest import MANIFEST, UnitReport, glance
 from flipkd.run.observe import observed
@@ -43,7 +45,7 @@ def score(config: ScoreConfig) -> dict[str, Any]:
     """
     planned = plan_score(config)
     job = planned.job
-    with locked(job.output), observed("score", config.run, job.output):
+    with locked(job.output), observed("score", config.run, job.output), contextlib.ExitStack() as held:
         # Whose folder it is must be known before hours of encoding.
         refuse_other_kind(job.output, "score")
         done = prepare(job.output, job.plan.units, config.run.overwrite)
@@ -51,6 +53,8 @@ def score(config: ScoreConfig) -> dict[str, Any]:
         stages = _stages_of_finished(planned, done)
         if stages is None:
             stages = {}
+            if config.cache is not None:
+                held.enter_context(in_use(planned.encodes))
             for name, encode_plan in zip(("encode_left", "encode_right"), planned.encodes, strict=False):
                 stages[name] = summary(encode_planned(encode_plan, waits=config.cache is not None))
             if config.is_inline:
@@ -69,7 +73,7 @@ def score(config: ScoreConfig) -> dict[str, Any]:
             job = replace(job, skipped_units=skipped_before(stages, planned.job.plan, job.plan))
         complete = all(stage.get("complete", True) for stage in stages.values())
         manifest = run_job(replace(job, about={**job.about, "stages": stages, "stages_complete": complete}), done)
-        _remove_work(planned)
+        _remove_work(planned, manifest["complete"])
     return manifest
 
 
@@ -219,10 +223,10 @@ def _top_k_job(planned: ScorePlan, task: ScoreTask, job: Job) -> tuple[Job, dict
     failed = {failure["output"] for failure in found["skipped_units"]}
     units = [unit for unit in job.plan.units if unit.output not in failed]
     names = [unit.output for unit in units]
-    kept = planned.work.child("kept")
-    compare_candidates(candidates, names, config.top_k, kept)
+    places = planned.work.child("kept")
+    compare_candidates(candidates, names, config.top_k, places)
     basis = fingerprint({"compared": names, "unread": task.basis})
-    last = TopKTask(candidates, kept, task.output, task.run_fingerprint, basis)
+    last = TopKTask(candidates, places, task.output, task.run_fingerprint, basis)
     last_job = replace(job, plan=replace(job.plan, units=units), make_worker=partial(TopKWorker, last))
     return last_job, summary(found), basis
 
@@ -242,8 +246,11 @@ def summary(manifest: dict[str, Any]) -> dict[str, Any]:
     return {**shown, **skipped}
 
 
-def _remove_work(planned: ScorePlan) -> None:
+def _remove_work(planned: ScorePlan, complete: bool) -> None:
     if planned.work is not None:
         remove_folder(planned.work)
-    for plan in planned.encodes if planned.config.cache is None else ():
-        remove_folder(open_location(plan.config.output))
+    if planned.config.cache is None:
+        for plan in planned.encodes:
+            remove_folder(open_location(plan.config.output))
+    elif complete:
+        remove_older(planned.encodes)

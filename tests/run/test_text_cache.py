@@ -24,10 +24,12 @@ from flipkd.cli import main
 from flipkd.config import EncodeConfig, EncoderOptions, ScoreConfig, TeachConfig
 from flipkd.errors import ConfigError, OutputError
 from flipkd.models import encoder as encoder_module
-from flipkd.run import cached_encoder
+from flipkd.run import cached_encoder, pipeline
 from flipkd.run.encode import encode
 from flipkd.run.forget import forget
+from flipkd.run.kept_stores import in_use, remove_older
 from flipkd.run.pipeline import score
+from flipkd.run.plan_score import plan_score
 from flipkd.run.teach import teach
 from flipkd.vectors.store import STATUS_TRUNCATED, VectorStore
 from tests.run.conftest import RECORDS, World, record_id
@@ -201,7 +203,76 @@ def test_score_keeps_stores_and_texts_beside_each_other(
     assert counts(score(night)["stages"]["encode_left"]) == (1, RECORDS - 1)
     score(replace(config, output=str(tmp_path / "plain"), cache=None))
     assert contents(tmp_path / "two") == contents(tmp_path / "plain")
-    assert sorted(name[:6] for name in os.listdir(tmp_path / "cache")) == ["store-", "store-", "texts"]
+    assert sorted(name[:6] for name in os.listdir(tmp_path / "cache")) == ["store-", "texts"]
+
+
+def kept_stores(cache: Path) -> set[str]:
+    return {path.name for path in cache.glob("store-*")}
+
+
+def test_the_store_of_an_earlier_night_goes_unless_a_job_uses_it(
+    world: World, encoder: str, make_pairs: MakePairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records, cache = write_records(tmp_path / "records", world.texts[0]), tmp_path / "cache"
+    pairs = str(make_pairs())
+    config = ScoreConfig(pairs, str(tmp_path / "1"), encoder=EncoderOptions(encoder), records=records, cache=str(cache))
+    other = write_records(tmp_path / "other", world.texts[0])
+    score(replace(config, output=str(tmp_path / "other-out"), records=other))
+    others = kept_stores(cache)
+    score(config)
+    first = kept_stores(cache) - others
+    score(replace(config, output=str(tmp_path / "same-records")))  # of the first night still
+    assert kept_stores(cache) == others | first
+
+    write_records(tmp_path / "records", [*world.texts[0][:-1], "a changed record"])
+    planned = plan_score(replace(config, output=str(tmp_path / "2")))
+    write_records(tmp_path / "records", [*world.texts[0][:-1], "changed again"])
+    with in_use(planned.encodes):  # a job that has begun, and is slow
+        slow = {Path(planned.encodes[0].config.output).name}
+        score(replace(config, output=str(tmp_path / "3")))
+        third = kept_stores(cache) - others - slow
+        assert len(third) == 1
+        assert third != first
+        remove_older(planned.encodes)  # at its end it leaves what is newer
+        assert kept_stores(cache) == others | slow | third
+
+    # Killed after its manifest, before it deletes: the same call does it.
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "remove_older", lambda plans: None)
+        write_records(tmp_path / "records", world.texts[0][1:])
+        last = replace(config, output=str(tmp_path / "4"))
+        score(last)
+    assert others | slow | third < kept_stores(cache)
+    score(last)
+    assert kept_stores(cache) & (slow | third) == set()
+    assert others < kept_stores(cache)
+
+    ids = tmp_path / "ids.txt"
+    ids.write_text(f"{record_id(5)}\n")
+    told = forget(EncodeConfig(EncoderOptions(encoder), records, str(tmp_path / "none"), cache=str(cache)), str(ids))
+    assert told["deleted_stores"] == 2  # of the last night, and of the other records
+    score(replace(last, output=str(tmp_path / "5")))
+
+
+def test_a_store_that_cannot_be_deleted_is_a_warning(
+    world: World, encoder: str, make_pairs: MakePairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    records = write_records(tmp_path / "records", world.texts[0])
+    config = ScoreConfig(
+        str(make_pairs()), str(tmp_path / "1"), encoder=EncoderOptions(encoder), records=records,
+        cache=str(tmp_path / "cache"),
+    )  # fmt: skip
+    score(config)
+    write_records(tmp_path / "records", world.texts[0][1:])
+
+    def refuse(_: object) -> None:
+        raise OutputError("cannot write the store: Permission denied; you may not write there")
+
+    monkeypatch.setattr("flipkd.run.kept_stores.remove_store", refuse)
+    assert score(replace(config, output=str(tmp_path / "2")))["rows_out"]
+    assert "was not deleted: cannot write the store: Permission denied" in caplog.text
+    assert len(kept_stores(tmp_path / "cache")) == 2
 
 
 def test_inline_texts_and_a_teacher_use_the_same_cache(world: World, encoder: str, tmp_path: Path) -> None:
