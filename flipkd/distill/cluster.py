@@ -11,7 +11,6 @@ import contextlib
 import logging
 import os
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from flipkd.distill.train import output_path, train_worker
 from flipkd.distill.training_data import read_training_data
 from flipkd.errors import ClusterError, ConfigError, FlipkdError, told_without_data
 from flipkd.logs import current_options, log_as_worker
-from flipkd.run.cluster import RAY_LOGGERS, connect
+from flipkd.run.cluster import RAY_LOGGERS, connect, gpus_of_a_worker
 
 try:
     import ray
@@ -50,7 +49,7 @@ def train_on_ray(config: TrainConfig) -> dict[str, Any]:
         raise ConfigError("--gpus does not go with --device cpu; leave one of them out")
     connect(str(run.ray))
     resources = ray.cluster_resources()
-    gpus = _gpus_of_a_worker(config, resources)
+    gpus = gpus_of_a_worker(run, config.device != "cpu", resources)
     count = run.workers or (int(resources.get("GPU", 0) / gpus) if gpus else 1) or 1
     threads = run.threads or 1
     if not gpus and resources.get("CPU", 0) < count * threads:
@@ -82,13 +81,6 @@ def train_on_ray(config: TrainConfig) -> dict[str, Any]:
             ) from error
     facts = run_facts(config, read_training_data(config))
     return summary(config, RunFolder(Path(output_path(config)), facts, overwrite=False))
-
-
-def _gpus_of_a_worker(config: TrainConfig, resources: Mapping[str, float]) -> float:
-    """What is asked for, else one where the cluster has any and the device may be one."""
-    if config.run.gpus is not None:
-        return config.run.gpus
-    return float(config.device != "cpu" and resources.get("GPU", 0) >= 1)
 
 
 def _worker(task: dict[str, Any]) -> None:

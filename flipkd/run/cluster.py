@@ -111,11 +111,20 @@ def run_cluster(
     output: Location,
     run: RunOptions,
     *,
-    uses_model: bool,
+    may_use_gpu: bool,
     skip_bad_shards: bool,
     listener: Callable[[WorkUnit], Listener],
 ) -> Iterator[UnitReport]:
-    """Yields reports as units finish, in any order. ``listener`` gives who is told how far a model is with a unit.
+    """Yields reports as units finish, in any order.
+
+    Args:
+        make_worker: see ``Job``.
+        units: what to run.
+        output: folder of the outputs.
+        run: how to run.
+        may_use_gpu: whether a worker runs a model, and not on the CPU; see ``gpus_of_a_worker``.
+        skip_bad_shards: see ``attempt``.
+        listener: gives who is told how far a model is with a unit.
 
     Raises:
         ClusterError: no worker could start in time, nothing finished for ``stall_timeout_s``, or a unit's worker died
@@ -125,7 +134,7 @@ def run_cluster(
     connect(str(run.ray))
     threads = run.threads or 1
     resources = ray.cluster_resources()
-    gpus = run.gpus if run.gpus is not None else float(uses_model and resources.get("GPU", 0) >= 1)
+    gpus = gpus_of_a_worker(run, may_use_gpu, resources)
     fits = resources.get("GPU", 0) / gpus if gpus else resources.get("CPU", 0) / threads
     smallest, largest = pool_size(run, int(fits), len(units))
 
@@ -163,6 +172,13 @@ def run_cluster(
             raise
     remove_folder(output.child(TRIES))
     remove_temporary(output)  # of workers that were killed
+
+
+def gpus_of_a_worker(run: RunOptions, may_use_gpu: bool, resources: Mapping[str, float]) -> float:
+    """What is asked for, else one where the cluster has any and the worker can use it."""
+    if run.gpus is not None:
+        return run.gpus
+    return float(may_use_gpu and resources.get("GPU", 0) >= 1)
 
 
 def pool_size(run: RunOptions, room: int, units: int) -> tuple[int, int]:

@@ -184,6 +184,7 @@ def encode_planned(planned: EncodePlan, waits: bool = False) -> dict[str, Any]:
             uses_model=True,
             output_bytes=planned.plan.rows * _row_bytes(config),
             about={"encoder": config.encoder.folder, "template": config.text_template},
+            device=config.encoder.device,
         )
         manifest = run_job(job)
         if cache is not None:

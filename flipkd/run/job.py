@@ -40,11 +40,12 @@ class Job:
         run: how to run.
         unit_name: what a row is, for the progress bar.
         uses_model: whether a worker runs a model: then one at a time in process (it uses all cores by itself), and a
-            GPU each on Ray.
+            GPU each on Ray, but for a ``device`` of ``cpu``.
         output_bytes: size of the outputs, estimated.
         about: further facts for the manifest.
         skipped_units: units that a stage before could not do, and that are not in the plan for that reason: each with
             its ``output`` and the ``error``.
+        device: of the model: ``cpu``, ``cuda`` or ``auto``.
     """
 
     kind: Kind
@@ -58,6 +59,7 @@ class Job:
     output_bytes: int
     about: Mapping[str, Any]
     skipped_units: Sequence[Mapping[str, str]] = ()
+    device: str = "auto"
 
 
 def run_job(job: Job, done: Mapping[str, UnitReport] | None = None) -> dict[str, Any]:
@@ -150,7 +152,7 @@ def _execute(job: Job, pending: Sequence[WorkUnit], listener: Callable[[WorkUnit
             pending,
             job.output,
             job.run,
-            uses_model=job.uses_model,
+            may_use_gpu=job.uses_model and job.device != "cpu",
             skip_bad_shards=skip,
             listener=listener,
         )

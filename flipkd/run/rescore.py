@@ -264,4 +264,5 @@ def _job(planned: RescorePlan, selection: Selection, about: dict[str, Any]) -> J
         uses_model=True,
         output_bytes=5 * planned.plan.rows + planned.plan.bytes_in,
         about={"selection": about, "threshold": planned.threshold, "engine": config.llm.engine},
+        device=config.llm.device if config.llm.engine == "torch" else "auto",
     )

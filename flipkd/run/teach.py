@@ -99,6 +99,7 @@ def _teach_job(planned: TeachPlan, work: Location, vectors: Location) -> Job:
         uses_model=planned.teacher.kind == "cross-encoder",
         output_bytes=5 * plan.rows + plan.bytes_in,
         about={"teacher": asdict(planned.teacher), "label_column": planned.teacher.label_column},
+        device=config.teacher.device,
     )
 
 

@@ -74,14 +74,9 @@ def test_the_driver_finds_the_run_of_workers_with_gpus(
         RunFolder(tmp_path / "run", run_facts(one, data), overwrite=False)
 
 
-def test_a_worker_on_the_cpu_takes_no_gpu(make_config: MakeConfig) -> None:
-    found = {device: cluster._gpus_of_a_worker(make_config(device=device), {"GPU": 2}) for device in ("auto", "cpu")}
-    assert found == {"auto": 1, "cpu": 0}
-    assert cluster._gpus_of_a_worker(make_config(), {"CPU": 4}) == 0
-    run = RunOptions(ray="local", gpus=0.5)
-    assert cluster._gpus_of_a_worker(make_config(run=run), {"GPU": 2}) == 0.5
+def test_gpus_do_not_go_with_the_cpu(make_config: MakeConfig) -> None:
     with pytest.raises(ConfigError, match="--gpus does not go with --device cpu"):
-        cluster.train_on_ray(make_config(device="cpu", run=run))
+        cluster.train_on_ray(make_config(device="cpu", run=RunOptions(ray="local", gpus=0.5)))
 
 
 @pytest.mark.slow

@@ -365,7 +365,7 @@ def test_on_ray_both_stages_have_workers_of_their_own(
     run_cluster = cluster.run_cluster
 
     def watched(make_worker: Any, units: Any, output: Any, run: RunOptions, **rest: Any) -> Any:
-        sizes.append((rest["uses_model"], run.workers, run.threads, run.gpus))
+        sizes.append((rest["may_use_gpu"], run.workers, run.threads, run.gpus))
         return run_cluster(make_worker, units, output, run, **rest)
 
     monkeypatch.setattr(cluster, "run_cluster", watched)
@@ -374,7 +374,7 @@ def test_on_ray_both_stages_have_workers_of_their_own(
            "--rescore-gpus", "0", "--json"]  # fmt: skip
     done = CliRunner().invoke(main, [*arguments, *ray], catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    assert sizes == [(False, 2, 1, None), (True, 1, 2, 0.0)]
+    assert sizes == [(False, 2, 1, None), (False, 1, 2, 0.0)]  # the LLM is on the CPU
     local = CliRunner().invoke(main, command(world, pairs, llm_dir, tmp_path / "process"), catch_exceptions=False)
     assert local.exit_code == 0
     assert contents(tmp_path / "ray") == contents(tmp_path / "process")

@@ -14,14 +14,20 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from flipkd.config import EncoderOptions, RunOptions, ScoreConfig
+from flipkd.config import EncodeConfig, EncoderOptions, RunOptions, ScoreConfig
+from flipkd.errors import ClusterError
+from flipkd.models.llm_options import LlmOptions
+from flipkd.run.encode import encode
 from flipkd.run.pipeline import score
+from flipkd.run.rescore import rescore
+from flipkd.run.rescore_config import RescoreConfig
 from tests.run.conftest import RECORDS, World, record_id
 from tests.run.faults import QUOTED
 from tests.run.ray_cluster import ENVIRONMENT, Cluster, free_port, running_cluster, wait_until, worker_log
@@ -212,3 +218,40 @@ def test_workers_that_must_start_and_may_start(
     from flipkd.run.cluster import pool_size
 
     assert pool_size(RunOptions(**options), room, units) == size
+
+
+def test_a_worker_takes_a_gpu_where_its_model_may_be_on_one(
+    world: World, make_pairs: MakePairs, llm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flipkd.run import cluster
+
+    resources = {"CPU": 4.0, "GPU": 2.0}
+    assert [cluster.gpus_of_a_worker(RunOptions(), may, resources) for may in (True, False)] == [1, 0]
+    assert cluster.gpus_of_a_worker(RunOptions(), True, {"CPU": 4.0}) == 0
+    assert cluster.gpus_of_a_worker(RunOptions(gpus=0.5), False, resources) == 0.5
+
+    told = []
+
+    def refuse(*_: object, may_use_gpu: bool, **__: object) -> None:
+        told.append(may_use_gpu)
+        raise ClusterError("not here")
+
+    pairs, run = make_pairs(), RunOptions(ray="local")
+    scores = ScoreConfig(str(pairs), str(tmp_path / "scores"), store=world.left_store, threshold=0.5)
+    score(scores)
+    monkeypatch.setattr(cluster, "run_cluster", refuse)
+    sides = {"records": world.left, "right_records": world.right}
+    for device in ("auto", "cpu"):
+        encoder, llm = EncoderOptions(world.encoder, device=device), LlmOptions(str(llm_dir), device=device)
+        jobs: list[Any] = [
+            lambda encoder=encoder: encode(EncodeConfig(encoder, world.left, str(tmp_path / "store"), run=run)),
+            lambda llm=llm: rescore(
+                RescoreConfig(
+                    llm, scores.output, str(tmp_path / "out"), **sides, band=(0.0, 1.0), threshold=0.5, run=run
+                )
+            ),
+        ]
+        for job in jobs:
+            with pytest.raises(ClusterError, match="not here"):
+                job()
+    assert told == [True, True, False, False]
