@@ -25,6 +25,8 @@ class RunOptions:
 
     Args:
         ray: None runs in this process; ``local`` starts Ray on this machine, ``auto`` or an address joins a cluster.
+            What a command has started or joined it leaves at its end; a connection that was there before is used, and
+            stays.
         workers: work units in flight: threads in process (None: the number of cores); on Ray the largest number of
             workers (None: as many as the cluster holds).
         min_workers: Ray workers that must start before the job gives up waiting for them.

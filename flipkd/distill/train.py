@@ -40,6 +40,7 @@ from flipkd.run.job import available_cores
 from flipkd.run.lock import locked
 from flipkd.run.overlap import refuse_other_kind, refuse_overlap
 from flipkd.run.progress import progress_bar
+from flipkd.run.ray_session import ray_session
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
             return train_worker(config, Workers())
         from flipkd.distill.cluster import train_on_ray
 
-        return train_on_ray(config)
+        with ray_session():
+            return train_on_ray(config)
 
 
 def train_worker(config: TrainConfig, workers: Workers) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from flipkd.run.job import available_cores
 from flipkd.run.lock import locked
 from flipkd.run.manifest import versions
 from flipkd.run.overlap import refuse_overlap
+from flipkd.run.ray_session import ray_session
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ def run_night(config: NightConfig, *, overwrite: bool = False) -> Night:
         for name in ("pairs", "records", "right_records", "store", "right_store", "labels")
     ]
     refuse_overlap(output, [(option, open_location(uri)) for option, uri in inputs if uri is not None])
-    with locked(output):
+    with locked(output), ray_session():
         if overwrite:
             nights.remove(config.date)
         found = nights.finished(config.date)

@@ -31,6 +31,7 @@ from flipkd.run.output import list_outputs, own_outputs, remove_folder
 from flipkd.run.overlap import refuse_other_kind, refuse_overlap
 from flipkd.run.plan_rescore import check_scores, plan_rescore
 from flipkd.run.plan_score import ScorePlan, plan_score, score_inputs
+from flipkd.run.ray_session import ray_session
 from flipkd.run.record_template import template_of_scores
 from flipkd.run.rescore import rescore_planned
 from flipkd.run.rescore_config import RescoreConfig
@@ -104,7 +105,7 @@ def score_and_rescore(score: ScoreConfig, rescore: RescoreConfig, scores: str | 
     output = open_location(job.rescore.output)
     planned = plan_score(job.score)
     own = check_cascade(job, planned)
-    with locked(output), observed("score", job.rescore.run, output):
+    with locked(output), ray_session(), observed("score", job.rescore.run, output):
         refuse_other_kind(output, "rescore")
         note = read_json(output, _NOTE)
         is_same = note is not None and note["fingerprint"] == own

@@ -28,6 +28,7 @@ from flipkd.models.progress import Listener
 from flipkd.run.local import UnitFunction, attempt
 from flipkd.run.manifest import UnitReport, read_report
 from flipkd.run.output import remove_folder, remove_temporary
+from flipkd.run.ray_session import opened, opened_address
 from flipkd.run.unit_notes import TRIES, following_notes, note_name, write_note
 from flipkd.run.units import WorkUnit
 
@@ -35,6 +36,7 @@ try:
     import ray
     import ray.data
     import ray.exceptions
+    from ray.util.client import ray as client
 except ImportError as missing:
     raise ConfigError("--ray needs Ray: pip install 'flipkd[ray]'") from missing
 
@@ -206,14 +208,18 @@ def private_files() -> Iterator[None]:
 def connect(address: str) -> None:
     """Joins the cluster at ``address`` (``auto``, ``HOST:PORT``, ``ray://...``) or starts Ray here (``local``).
 
+    A connection that this process has already is used, and stays; one that is made here ends with ``ray_session``.
+
     Raises:
         ClusterError: there is no cluster, or it refuses this client.
+        ConfigError: this process is connected to another cluster.
     """
     adopt_handlers(*RAY_LOGGERS)
     log = current_options()
     if log is not None and log.form == "json":
         os.environ.setdefault("RAY_BACKEND_LOG_JSON", "1")  # of what Ray's C++ says on stderr
     if ray.is_initialized():
+        _check_same(address)
         return
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address == "local":
@@ -224,11 +230,38 @@ def connect(address: str) -> None:
             socket.create_connection((host, int(port)), timeout=20).close()
         with private_files():
             ray.init(address=address, **options)
+        opened(address, ray.shutdown)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         causes = f"{error} {error.__cause__}"
         asks = "AuthToken" in causes or "authentication token" in causes
         hint = "; it asks for a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN" if asks else ""
         raise ClusterError(f"--ray {address}: cannot join the cluster: {str(error).splitlines()[0]}{hint}") from error
+
+
+def _check_same(address: str) -> None:
+    """Refuses an address that is not that of the connection there is, as far as one can tell."""
+    own = opened_address()
+    if address in ("auto", own):
+        return
+    there = ray.get_runtime_context().gcs_address
+    if address == "local":
+        is_same = own is None
+    elif address.startswith("ray://"):
+        is_same = own is None and client.is_connected()
+    else:
+        (host, _, port), (known, _, known_port) = address.rpartition(":"), there.rpartition(":")
+        is_same = port == known_port and bool(_ip_addresses(host) & {known, "127.0.0.1", "::1"})
+    if not is_same:
+        raise ConfigError(
+            f"--ray {address}: this process is connected to the cluster {own or there} already; pass --ray auto to use "
+            "that one, or end it with ray.shutdown()"
+        )
+
+
+def _ip_addresses(host: str) -> set[str]:
+    with contextlib.suppress(OSError):
+        return {str(found[4][0]) for found in socket.getaddrinfo(host, None)}
+    return {host}
 
 
 def _explain(error: BaseException, run: RunOptions) -> str:

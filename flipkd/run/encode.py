@@ -22,6 +22,7 @@ from flipkd.run.manifest import MANIFEST, WORK_FOLDER
 from flipkd.run.observe import observed
 from flipkd.run.output import remove_folder
 from flipkd.run.overlap import refuse_other_kind, refuse_overlap
+from flipkd.run.ray_session import ray_session
 from flipkd.run.record_schema import RecordSchema
 from flipkd.run.record_template import with_recorded_template
 from flipkd.run.store_folder import check_free, sealed_header
@@ -150,7 +151,7 @@ def encode_planned(planned: EncodePlan, waits: bool = False) -> dict[str, Any]:
     output = open_location(config.output)
     check_free(Path(output.path), config.run.overwrite)
     refuse_other_kind(output, "encode")
-    with locked(output, waits), observed("encode", config.run, output):
+    with locked(output, waits), ray_session(), observed("encode", config.run, output):
         sealed = sealed_header(Path(output.path), config.run.overwrite)
         if sealed is not None and sealed["fingerprint"] == planned.fingerprint:
             manifest = read_json(output, MANIFEST)

@@ -29,6 +29,7 @@ from flipkd.run.observe import observed
 from flipkd.run.output import prepare, remove_folder, remove_otherwise_made
 from flipkd.run.overlap import refuse_other_kind
 from flipkd.run.plan_score import ENCODER_FACT, ScorePlan, plan_score, remove_stale
+from flipkd.run.ray_session import ray_session
 from flipkd.run.score import ScoreTask, ScoreWorker
 from flipkd.run.texts import SAMPLE_ROWS, TEXT_COLUMN, TextsTask, TextsWorker, estimate_distinct, is_merged, merge_texts
 from flipkd.run.top_k import TopKTask, TopKWorker, compare_candidates
@@ -45,7 +46,10 @@ def score(config: ScoreConfig) -> dict[str, Any]:
     """
     planned = plan_score(config)
     job = planned.job
-    with locked(job.output), observed("score", config.run, job.output), contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as held:
+        held.enter_context(locked(job.output))
+        held.enter_context(ray_session())
+        held.enter_context(observed("score", config.run, job.output))
         # Whose folder it is must be known before hours of encoding.
         refuse_other_kind(job.output, "score")
         done = prepare(job.output, job.plan.units, config.run.overwrite)

@@ -36,6 +36,7 @@ from flipkd.run.observe import observed
 from flipkd.run.output import prepare, remove_otherwise_made
 from flipkd.run.overlap import refuse_other_kind
 from flipkd.run.plan_rescore import LLM_PROBABILITY, RESCORE_REASON, RescorePlan, plan_rescore
+from flipkd.run.ray_session import ray_session
 from flipkd.run.rescore_config import RescoreConfig, budget_rows
 from flipkd.run.score import TEXT_BATCH_ROWS
 from flipkd.run.scored import ScoredBatch, StageClock, reason_column, write_scored
@@ -198,7 +199,7 @@ def rescore(config: RescoreConfig) -> dict[str, Any]:
         FlipkdError: see ``flipkd.errors``; what was finished stays, and the same call goes on from there.
     """
     planned = plan_rescore(config)
-    with locked(planned.output), observed("rescore", config.run, planned.output):
+    with locked(planned.output), ray_session(), observed("rescore", config.run, planned.output):
         refuse_other_kind(planned.output, "rescore")
         return rescore_planned(planned, {})
 

@@ -29,6 +29,7 @@ from flipkd.run.output import prepare, remove_folder, remove_stale_work
 from flipkd.run.overlap import refuse_other_kind
 from flipkd.run.pipeline import encode_inline, skipped_before, stages_told, summary
 from flipkd.run.plan_teach import TeachPlan, plan_teach
+from flipkd.run.ray_session import ray_session
 from flipkd.run.teach_units import BiEncoderWorker, CrossEncoderWorker, TeachTask
 from flipkd.run.texts import TEXT_COLUMN, TextsTask
 from flipkd.run.units import Plan, plan_fingerprint, without_failed, work_name
@@ -57,7 +58,7 @@ def teach(config: TeachConfig) -> dict[str, Any]:
     vectors = output.child(TEACHER_VECTORS)
     work = output.child(WORK_FOLDER).child(work_name(plan, planned.run_fingerprint))
     job = _teach_job(planned, work, vectors)
-    with locked(output), observed("teach", config.run, output):
+    with locked(output), ray_session(), observed("teach", config.run, output):
         refuse_other_kind(output, "teach")
         _vectors_of(vectors)  # something else in their place is refused before anything is deleted
         done = prepare(output, plan.units, config.run.overwrite)

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from flipkd.config import EncodeConfig, EncoderOptions, RunOptions, ScoreConfig
-from flipkd.errors import ClusterError
+from flipkd.errors import ClusterError, ConfigError
 from flipkd.models.llm_options import LlmOptions
 from flipkd.run.encode import encode
 from flipkd.run.pipeline import score
+from flipkd.run.ray_session import ray_session
 from flipkd.run.rescore import rescore
 from flipkd.run.rescore_config import RescoreConfig
 from tests.run.conftest import RECORDS, World, record_id
@@ -255,3 +257,66 @@ def test_a_worker_takes_a_gpu_where_its_model_may_be_on_one(
             with pytest.raises(ClusterError, match="not here"):
                 job()
     assert told == [True, True, False, False]
+
+
+@pytest.mark.slow
+def test_ray_that_was_started_here_ends_with_the_outermost_session(
+    world: World, make_pairs: MakePairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flipkd.run.cluster import ray
+
+    starts, init, pairs = [], ray.init, str(make_pairs(files=1))
+
+    def counted(**options: Any) -> Any:
+        starts.append(options["address"])
+        return init(**options)
+
+    monkeypatch.setattr(ray, "init", counted)
+    stores = {"store": world.left_store, "right_store": world.right_store}
+    local = RunOptions(ray="local")
+    with ray_session():  # as of a night
+        for name in ("one", "two"):
+            score(ScoreConfig(pairs, str(tmp_path / name), **stores, run=local))
+            assert ray.is_initialized()
+        with pytest.raises(
+            ConfigError, match="connected to the cluster local already; pass --ray auto to use that one"
+        ):
+            score(ScoreConfig(pairs, str(tmp_path / "three"), **stores, run=RunOptions(ray="10.0.0.1:6379")))
+        score(ScoreConfig(pairs, str(tmp_path / "three"), **stores, run=RunOptions(ray="auto")))
+    assert not ray.is_initialized()
+    score(ScoreConfig(pairs, str(tmp_path / "four"), **stores, run=local))
+    assert not ray.is_initialized()
+    assert starts == ["local", "local"]
+    assert contents(tmp_path / "one") == contents(tmp_path / "four")
+
+
+@pytest.mark.parametrize(
+    ("address", "is_same"),
+    [
+        ("auto", True),
+        ("local", True),
+        ("10.1.2.3:6379", True),
+        ("localhost:6379", True),  # Ray gives a node another name
+        ("10.1.2.4:6379", False),
+        ("10.1.2.3:6380", False),
+        ("ray://10.1.2.3:10001", False),
+    ],
+)
+def test_a_connection_of_the_caller_is_used_and_stays(
+    address: str, is_same: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flipkd.run import cluster
+
+    def never(**_: object) -> None:
+        raise AssertionError("it is not ours")
+
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(cluster.ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="10.1.2.3:6379"))
+    for name in ("init", "shutdown"):
+        monkeypatch.setattr(cluster.ray, name, never)
+    with ray_session():
+        if is_same:
+            cluster.connect(address)
+        else:
+            with pytest.raises(ConfigError, match=r"connected to the cluster 10\.1\.2\.3:6379 already"):
+                cluster.connect(address)
