@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 
 from flipkd.data.find import Shard
 from flipkd.data.json_files import parse_object
 from flipkd.data.location import Location
-from flipkd.data.shards import ShardReader
+from flipkd.data.shards import ShardReader, each_file
 from flipkd.errors import InputError
 
 TEACHER_SCORE = "teacher_score"
@@ -67,8 +66,7 @@ def read_teacher_facts(location: Location, shards: Sequence[Shard]) -> TeacherFa
         InputError: shards of several teachers, scales or column names stand together, or of teacher scores and none;
             names two of them. Or a shard cannot be read.
     """
-    with ThreadPoolExecutor(max_workers=16) as pool:
-        facts = list(pool.map(lambda shard: _read_one(location, shard), shards))
+    facts = each_file(lambda shard: _read_one(location, shard), shards)
     for shard, found in zip(shards, facts, strict=True):
         if found != facts[0]:
             raise InputError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -10,7 +9,7 @@ import pyarrow as pa
 from flipkd.data.find import Shard, find_shards
 from flipkd.data.labels import read_labels
 from flipkd.data.location import Location, open_location
-from flipkd.data.shards import ShardReader
+from flipkd.data.shards import ShardReader, each_file
 from flipkd.errors import ConfigError, InputError
 from flipkd.report.config import EvaluateConfig
 from flipkd.report.labels import LABEL_OPTIONS, read_label_table
@@ -98,8 +97,7 @@ def _check_each(
             for name in set(config.key) & set(columns):
                 check_id_type(reader.column_type(name), name)
 
-    with ThreadPoolExecutor(max_workers=16) as pool:
-        list(pool.map(look, shards))
+    each_file(look, shards)
 
 
 def read_labelled(config: EvaluateConfig, scores: Location, shards: list[Shard]) -> LabelledRun:

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from flipkd.data.find import Shard
 from flipkd.data.location import Location
 from flipkd.data.pairs import REASONS
-from flipkd.data.shards import ShardReader
+from flipkd.data.shards import ShardReader, each_file
 from flipkd.errors import ConfigError
 from flipkd.run.units import fingerprint
 
@@ -139,11 +139,12 @@ def column_names(location: Location, shards: Sequence[Shard]) -> list[str]:
 
 def count_rows(location: Location, shards: Sequence[Shard]) -> int:
     """Rows of all shards, from their footers."""
-    total = 0
-    for shard in shards:
+
+    def rows(shard: Shard) -> int:
         with ShardReader(location, shard) as reader:
-            total += sum(reader.row_group_rows)
-    return total
+            return sum(reader.row_group_rows)
+
+    return sum(each_file(rows, shards))
 
 
 def scan(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +15,7 @@ from flipkd.data.location import Location, open_location
 from flipkd.data.pairs import first_reasons, id_reasons, text_reasons
 from flipkd.data.record_texts import RecordTexts, read_record_texts
 from flipkd.data.records import Texts
-from flipkd.data.shards import ShardReader
+from flipkd.data.shards import ShardReader, each_file
 from flipkd.record_sides import RecordSide
 from flipkd.run.manifest import UnitReport
 from flipkd.run.record_schema import RecordSchema
@@ -79,8 +78,7 @@ def _record_table(side: RecordSide) -> RecordTable:
         with ShardReader(location, shard) as reader:
             schema.look(shard, reader)
 
-    with ThreadPoolExecutor(max_workers=16) as pool:
-        list(pool.map(look, shards))
+    each_file(look, shards)
     return RecordTable(location, shards, side.id_column, side.text_template, schema.id_kind)
 
 

@@ -9,7 +9,6 @@ import json
 import platform
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
@@ -20,6 +19,7 @@ import pyarrow.parquet as pq
 from flipkd.data.commit import read_json
 from flipkd.data.json_files import check_fields, parse_object
 from flipkd.data.location import Location, may_pass, reason
+from flipkd.data.shards import each_file
 from flipkd.errors import InputError
 
 MANIFEST = "_manifest.json"
@@ -165,8 +165,7 @@ def read_reports(root: Location, names: Iterable[str]) -> list[UnitReport]:
     Raises:
         InputError: see ``read_report``.
     """
-    with ThreadPoolExecutor(max_workers=16) as pool:
-        return list(pool.map(lambda name: read_report(root, name), names))
+    return each_file(lambda name: read_report(root, name), names)
 
 
 def read_whole_reports(root: Location, units: Mapping[str, str | None]) -> list[UnitReport | DamagedOutputError]:
@@ -186,8 +185,7 @@ def read_whole_reports(root: Location, units: Mapping[str, str | None]) -> list[
         except DamagedOutputError as error:
             return error
 
-    with ThreadPoolExecutor(max_workers=16) as pool:
-        return list(pool.map(one, units))
+    return each_file(one, units)
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 
@@ -24,7 +23,7 @@ from flipkd.run.manifest import MANIFEST
 from flipkd.run.overlap import refuse_overlap
 from flipkd.run.rescore_config import RescoreConfig
 from flipkd.run.select import ScoreColumn
-from flipkd.run.units import Plan, fingerprint, plan_units
+from flipkd.run.units import Footer, Plan, cut_units, fingerprint, read_footers
 from flipkd.urls import without_secrets
 from flipkd.vectors.id_types import check_ids_fit
 
@@ -90,7 +89,7 @@ def plan_rescore(config: RescoreConfig, owns_scores: bool = False) -> RescorePla
     shards = find_shards(scores)
     if owns_scores:
         shards = [replace(shard, modified_ns=0) for shard in shards]
-    has_probability, has_match = check_scores(config, scores, shards, tables)
+    footers, has_probability, has_match = check_scores(config, scores, shards, tables)
     used = (read_json(scores, MANIFEST, threshold=(float, int, type(None))) or {}).get("threshold")
     threshold = _threshold(config, used, has_probability, has_match)
     center = None if config.band is not None else _center(config, used, has_probability)
@@ -119,14 +118,7 @@ def plan_rescore(config: RescoreConfig, owns_scores: bool = False) -> RescorePla
             "rows_per_unit": config.rows_per_unit,
         }
     )
-    plan = plan_units(
-        scores,
-        shards,
-        config.rows_per_unit,
-        run_fingerprint,
-        split_row_groups=True,
-        skip_bad_shards=column.skip_bad_shards,
-    )
+    plan = cut_units(shards, footers, config.rows_per_unit, run_fingerprint, split_row_groups=True)
     return RescorePlan(config, scores, output, tables, column, center, threshold, combination, plan, run_fingerprint)
 
 
@@ -173,72 +165,68 @@ def _center(config: RescoreConfig, used: float | None, has_probability: bool) ->
 
 def check_scores(
     config: RescoreConfig, scores: Location, shards: Sequence[Shard], tables: Sequence[RecordTable]
-) -> tuple[bool, bool]:
+) -> tuple[list[Footer], bool, bool]:
     """Looks at the schema of every file of scores.
 
     Returns:
-        Whether there are columns ``probability`` and ``match``.
+        The footers, and whether there are columns ``probability`` and ``match``.
 
     Raises:
         ConfigError: a column is missing, there already, or of a type that cannot be used.
         InputError: a file cannot be read, or the files differ in having these columns.
     """
     kinds = [table.id_kind for table in tables]
-    with ThreadPoolExecutor(max_workers=16) as pool:
-        found = list(pool.map(lambda shard: _check_shard(config, scores, shard, kinds), shards))
-    known = [(shard, one) for shard, one in zip(shards, found, strict=True) if one is not None]
+    found: dict[str, tuple[bool, bool]] = {}  # by name; one whose footer cannot be read has no entry
+
+    def check(shard: Shard, reader: ShardReader) -> None:
+        found[shard.name] = _check_shard(config, scores.naming(shard.name), shard, reader, kinds)
+
+    footers = read_footers(scores, shards, config.run.on_bad_shard == "skip", check)
+    known = [(shard, found[shard.name]) for shard in shards if shard.name in found]
     if not known:
-        return False, False
+        return footers, False, False
     for shard, one in known:
         if one != known[0][1]:
             raise InputError(
                 f"{scores.uri}: {known[0][0].name} and {shard.name} differ in having columns probability and match; "
                 "give the output of one score"
             )
-    return known[0][1]
+    return footers, *known[0][1]
 
 
 def _check_shard(
-    config: RescoreConfig, scores: Location, shard: Shard, kinds: Sequence[str]
-) -> tuple[bool, bool] | None:
-    """Of one shard; None where it cannot be read and may be skipped."""
-    try:
-        reader = ShardReader(scores, shard, may_skip=True)
-    except InputError:
-        if config.run.on_bad_shard == "skip":
-            return None
-        raise
-    source = scores.naming(shard.name)
-    with reader:
-        names = reader.schema.names
-        for name in _ADDED:
-            if name in names:
-                raise ConfigError(f"{source} has a column {name!r} already, which rescore adds; rename or drop it")
-        known = {*names, *dict(shard.partitions)}
-        absent = [name for name in config.pair_columns if name not in known]
-        if absent:
-            raise ConfigError(
-                f"{source} has no column {absent[0]!r}: the LLM reads texts. Name the columns with --left-text and "
-                "--right-text, or give --records (--rescore-records) for pairs of ids; score must have passed them on "
-                "(--columns)"
-            )
-        reader.check_columns(config.pair_columns)
-        has_probability = "probability" in names
-        if not has_probability or config.combine is not None or config.fit_labels is not None:
-            _check_numbers(reader, source, "score")
-        if has_probability:
-            _check_numbers(reader, source, "probability")
-        if config.fit_labels is not None:
-            reader.check_columns([config.fit_labels])
-            none = pa.chunked_array([], reader.column_type(config.fit_labels))
-            read_labels(none, config.fit_labels, source)
-        for place, column in enumerate(config.pair_columns):
-            kind = reader.column_type(column)
-            if kinds:
-                check_ids_fit(kind, column, kinds[min(place, len(kinds) - 1)])
-            else:
-                as_text(pa.array([], kind), column)
-        return has_probability, "match" in names
+    config: RescoreConfig, source: str, shard: Shard, reader: ShardReader, kinds: Sequence[str]
+) -> tuple[bool, bool]:
+    """Whether the shard has columns ``probability`` and ``match``."""
+    names = reader.schema.names
+    for name in _ADDED:
+        if name in names:
+            raise ConfigError(f"{source} has a column {name!r} already, which rescore adds; rename or drop it")
+    known = {*names, *dict(shard.partitions)}
+    absent = [name for name in config.pair_columns if name not in known]
+    if absent:
+        raise ConfigError(
+            f"{source} has no column {absent[0]!r}: the LLM reads texts. Name the columns with --left-text and "
+            "--right-text, or give --records (--rescore-records) for pairs of ids; score must have passed them on "
+            "(--columns)"
+        )
+    reader.check_columns(config.pair_columns)
+    has_probability = "probability" in names
+    if not has_probability or config.combine is not None or config.fit_labels is not None:
+        _check_numbers(reader, source, "score")
+    if has_probability:
+        _check_numbers(reader, source, "probability")
+    if config.fit_labels is not None:
+        reader.check_columns([config.fit_labels])
+        none = pa.chunked_array([], reader.column_type(config.fit_labels))
+        read_labels(none, config.fit_labels, source)
+    for place, column in enumerate(config.pair_columns):
+        kind = reader.column_type(column)
+        if kinds:
+            check_ids_fit(kind, column, kinds[min(place, len(kinds) - 1)])
+        else:
+            as_text(pa.array([], kind), column)
+    return has_probability, "match" in names
 
 
 def _check_numbers(reader: ShardReader, source: str, name: str) -> None:

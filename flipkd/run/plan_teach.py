@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -25,7 +24,7 @@ from flipkd.run.encode import encoder_fingerprint
 from flipkd.run.job import check_device
 from flipkd.run.join import JOIN_REASON, RecordTable, record_tables
 from flipkd.run.overlap import refuse_overlap
-from flipkd.run.units import Plan, fingerprint, plan_units
+from flipkd.run.units import Footer, Plan, cut_units, fingerprint, read_footers
 from flipkd.vectors.id_types import check_ids_fit
 
 _LABEL_ROWS = 1 << 18
@@ -71,14 +70,13 @@ def plan_teach(config: TeachConfig) -> TeachPlan:
             f"--output {output.uri}: the vectors of a bi-encoder teacher are kept there and mapped into memory, so it "
             "must be a local folder"
         )
-    skip = config.run.on_bad_shard == "skip"
     check_device(config.teacher.device, config.run)
     if config.cache is not None:
         cache_root(config.cache)
     tables = record_tables(config.record_sides)
     shards = find_shards(pairs)
     kinds = [table.id_kind for table in tables]
-    label_column = _check_pairs(config, pairs, shards, kinds)
+    footers, label_column = _look_at_pairs(config, pairs, shards, kinds)
     teacher = _teacher(config, kind, label_column)
     run_fingerprint = fingerprint(
         {
@@ -90,7 +88,7 @@ def plan_teach(config: TeachConfig) -> TeachPlan:
             "rows_per_unit": config.rows_per_unit,
         }
     )
-    plan = plan_units(pairs, shards, config.rows_per_unit, run_fingerprint, split_row_groups=True, skip_bad_shards=skip)
+    plan = cut_units(shards, footers, config.rows_per_unit, run_fingerprint, split_row_groups=True)
     return TeachPlan(config, pairs, output, teacher, tables, plan, run_fingerprint)
 
 
@@ -108,16 +106,22 @@ def _teacher(config: TeachConfig, kind: str, label_column: str | None) -> Teache
     return TeacherFacts(folder.scale, folder.activation, own, kind, columns, label_column)
 
 
-def _check_pairs(config: TeachConfig, pairs: Location, shards: Sequence[Shard], kinds: Sequence[str]) -> str | None:
+def _look_at_pairs(
+    config: TeachConfig, pairs: Location, shards: Sequence[Shard], kinds: Sequence[str]
+) -> tuple[list[Footer], str | None]:
     """Looks at the schema and the labels of every shard, so that what cannot be used fails before hours of work.
 
     Returns:
-        The label column, or None where there is none.
+        The footers, and the label column, or None where there is none.
     """
-    with ThreadPoolExecutor(max_workers=16) as pool:
-        labelled = list(pool.map(lambda shard: _check_shard(config, pairs, shard, kinds), shards))
-    with_labels = [shard for shard, is_labelled in zip(shards, labelled, strict=True) if is_labelled]
-    without = [shard for shard, is_labelled in zip(shards, labelled, strict=True) if is_labelled is False]
+    labelled: dict[str, bool | None] = {}  # by name; one whose footer cannot be read has no entry
+
+    def check(shard: Shard, reader: ShardReader) -> None:
+        labelled[shard.name] = _check_shard(config, pairs.naming(shard.name), shard, reader, kinds)
+
+    footers = read_footers(pairs, shards, config.run.on_bad_shard == "skip", check)
+    with_labels = [shard for shard in shards if labelled.get(shard.name)]
+    without = [shard for shard in shards if labelled.get(shard.name) is False]
     if with_labels and without:
         raise InputError(
             f"{pairs.uri}: {with_labels[0].name} has a label column {config.label_column!r} and {without[0].name} has "
@@ -125,45 +129,38 @@ def _check_pairs(config: TeachConfig, pairs: Location, shards: Sequence[Shard], 
         )
     if without and config.label_column != DEFAULT_LABEL_COLUMN:
         raise ConfigError(f"{pairs.naming(without[0].name)} has no label column {config.label_column!r}")
-    return config.label_column if with_labels else None
+    return footers, config.label_column if with_labels else None
 
 
-def _check_shard(config: TeachConfig, pairs: Location, shard: Shard, kinds: Sequence[str]) -> bool | None:
-    """Whether the shard has labels; None where it cannot be read and may be skipped."""
-    source = pairs.naming(shard.name)
-    skip = config.run.on_bad_shard == "skip"
-    try:
-        reader = ShardReader(pairs, shard, may_skip=True)
-    except InputError:
-        if skip:
-            return None
-        raise
-    with reader:
-        reader.check_columns(config.pair_columns, IDS_MISSING if kinds else TEXTS_MISSING)
-        added = [*TEACHER_COLUMNS, JOIN_REASON]
+def _check_shard(
+    config: TeachConfig, source: str, shard: Shard, reader: ShardReader, kinds: Sequence[str]
+) -> bool | None:
+    """Whether the shard has labels; None where they cannot be read and may be skipped."""
+    reader.check_columns(config.pair_columns, IDS_MISSING if kinds else TEXTS_MISSING)
+    added = [*TEACHER_COLUMNS, JOIN_REASON]
+    if kinds:
+        added += [config.left_text, config.right_text]
+    for name in added:
+        if name in reader.schema.names:
+            raise ConfigError(f"{source} has a column {name!r} already, which teach adds; rename or drop it")
+    for place, column in enumerate(config.pair_columns):
+        kind = reader.column_type(column)
         if kinds:
-            added += [config.left_text, config.right_text]
-        for name in added:
-            if name in reader.schema.names:
-                raise ConfigError(f"{source} has a column {name!r} already, which teach adds; rename or drop it")
-        for place, column in enumerate(config.pair_columns):
-            kind = reader.column_type(column)
-            if kinds:
-                check_ids_fit(kind, column, kinds[min(place, len(kinds) - 1)])
-            else:
-                as_text(pa.array([], kind), column)
-        name = config.label_column
-        if name not in reader.schema.names and name not in dict(shard.partitions):
-            return False
-        tables, row = reader.all_batches([name], _LABEL_ROWS), 0
-        while True:
-            try:
-                table = next(tables, None)
-            except InputError:
-                if skip:
-                    return None
-                raise
-            if table is None:
-                return True
-            read_labels(table.column(name), name, source, first_row=row, allows_null=True)
-            row += table.num_rows
+            check_ids_fit(kind, column, kinds[min(place, len(kinds) - 1)])
+        else:
+            as_text(pa.array([], kind), column)
+    name = config.label_column
+    if name not in reader.schema.names and name not in dict(shard.partitions):
+        return False
+    tables, row = reader.all_batches([name], _LABEL_ROWS), 0
+    while True:
+        try:
+            table = next(tables, None)
+        except InputError:
+            if config.run.on_bad_shard == "skip":
+                return None
+            raise
+        if table is None:
+            return True
+        read_labels(table.column(name), name, source, first_row=row, allows_null=True)
+        row += table.num_rows

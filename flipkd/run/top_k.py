@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,6 +18,7 @@ import pyarrow as pa
 from flipkd.data.columns import take_rows
 from flipkd.data.commit import ShardWriter, write_options
 from flipkd.data.location import Location
+from flipkd.data.shards import each_file
 from flipkd.run.manifest import UnitReport, read_output, read_reports
 from flipkd.run.units import WorkUnit
 
@@ -77,14 +77,14 @@ def compare_candidates(candidates: Location, names: Sequence[str], k: int, kept:
         places = np.flatnonzero(part == number)
         best[places[best_positions(left[places], score[places], k)]] = True
 
-    def write(name: str, start: int, stop: int) -> None:
+    def write(unit: tuple[str, int, int]) -> None:
+        name, start, stop = unit
         table = pa.table([pa.array(np.flatnonzero(best[start:stop]))], schema=_KEPT)
         with ShardWriter(kept, name, _KEPT, {}, write_options(table)) as writer:
             writer.write(table)
             writer.commit()
 
-    with ThreadPoolExecutor(max_workers=16) as pool:  # each waits for the disk
-        list(pool.map(write, names, starts, stops))
+    each_file(write, zip(names, starts, stops, strict=True))
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ folder tells which units are done and whose they are.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import posixpath
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from flipkd.data.find import Shard, is_hidden
 from flipkd.data.location import Location
-from flipkd.data.shards import ShardReader
+from flipkd.data.shards import ShardReader, each_file
 from flipkd.errors import InputError
 
 FINGERPRINT_CHARACTERS = 12
@@ -77,6 +77,10 @@ class Plan:
         return sum(unit.rows for unit in self.units)
 
 
+Footer = list[int] | InputError
+Check = Callable[[Shard, ShardReader], object]
+
+
 def plan_fingerprint(plan: Plan, run_fingerprint: str) -> str:
     """Of one run over one input, so that work for another input is never taken for this one's."""
     return fingerprint({"run": run_fingerprint, "units": [unit.fingerprint for unit in plan.units]})
@@ -110,30 +114,54 @@ def plan_units(
     *,
     split_row_groups: bool = False,
     skip_bad_shards: bool = False,
-    check: Callable[[Shard, ShardReader], object] | None = None,
+    check: Check | None = None,
 ) -> Plan:
-    """Cuts the shards into units of about ``rows_per_unit`` rows.
+    """Reads the footers of the shards and cuts them into units; see ``read_footers`` and ``cut_units``."""
+    footers = read_footers(location, shards, skip_bad_shards, check)
+    return cut_units(shards, footers, rows_per_unit, run_fingerprint, split_row_groups)
+
+
+def read_footers(
+    location: Location, shards: Sequence[Shard], skip_bad_shards: bool, check: Check | None = None
+) -> list[Footer]:
+    """Opens each file once.
 
     Args:
         location: root of the table.
         shards: its files.
-        rows_per_unit: rows of a unit; a larger row group is one unit, unless ``split_row_groups`` cuts it.
-        run_fingerprint: of everything that decides the output besides the input.
-        split_row_groups: whether units may begin and end inside a row group (worth it where reading is the small part).
-        skip_bad_shards: list unreadable files in the plan in place of raising.
-        check: looks at the schema of each file while it is open; it may be called on several threads.
+        skip_bad_shards: give the error of an unreadable file in place of raising it.
+        check: looks at each file while it is open; it may be called on several threads.
+
+    Returns:
+        For each shard the rows of its row groups, or why they cannot be read.
 
     Raises:
         InputError: a footer cannot be read, or a file that was named itself has a name that says that it is no data:
             the outputs, named after it, would say so too.
-        ConfigError: what ``check`` raises.
+        FlipkdError: what ``check`` raises.
     """
     for shard in shards:
         if is_hidden(posixpath.basename(shard.name)):
             raise InputError(f"{shard.path}: names that begin with _ or . are of files that are no data; rename it")
-    # A footer is a few small reads: threads hide their latency, on a disk and still more on an object store.
-    with ThreadPoolExecutor(max_workers=16) as pool:
-        footers = list(pool.map(lambda shard: _row_group_rows(location, shard, skip_bad_shards, check), shards))
+    return each_file(lambda shard: _read_footer(location, shard, skip_bad_shards, check), shards)
+
+
+def cut_units(
+    shards: Sequence[Shard],
+    footers: Sequence[Footer],
+    rows_per_unit: int,
+    run_fingerprint: str,
+    split_row_groups: bool = False,
+) -> Plan:
+    """Cuts the shards into units of about ``rows_per_unit`` rows.
+
+    Args:
+        shards: files of a table.
+        footers: of each, from ``read_footers``; one that could not be read is listed in the plan.
+        rows_per_unit: rows of a unit; a larger row group is one unit, unless ``split_row_groups`` cuts it.
+        run_fingerprint: of everything that decides the output besides the input.
+        split_row_groups: whether units may begin and end inside a row group (worth it where reading is the small part).
+    """
     units: list[WorkUnit] = []
     bad: list[tuple[str, str]] = []
     for shard, rows in zip(shards, footers, strict=True):
@@ -178,19 +206,18 @@ def _split(rows: Sequence[int], rows_per_unit: int) -> list[_Piece]:
     return pieces
 
 
-def _row_group_rows(
-    location: Location, shard: Shard, keep_error: bool, check: Callable[[Shard, ShardReader], object] | None
-) -> list[int] | InputError:
-    try:
-        with ShardReader(location, shard, may_skip=True) as reader:
+def _read_footer(location: Location, shard: Shard, keep_error: bool, check: Check | None) -> Footer:
+    with contextlib.ExitStack() as opened:
+        try:
+            reader = opened.enter_context(ShardReader(location, shard, may_skip=True))
             rows = reader.row_group_rows
-            if check is not None:
-                check(shard, reader)
-            return rows
-    except InputError as error:
-        if keep_error:
-            return error
-        raise
+        except InputError as error:
+            if keep_error:
+                return error
+            raise
+        if check is not None:
+            check(shard, reader)
+    return rows
 
 
 def _unit(

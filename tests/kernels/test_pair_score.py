@@ -14,7 +14,7 @@ from flipkd.errors import KernelError
 from flipkd.kernels import pair_score as kernel
 from flipkd.kernels.native import native
 from flipkd.kernels.pair_score import LEVELS, pair_score
-from flipkd.vectors.rows import DTYPES, STORAGE, VectorRows, quantise
+from flipkd.vectors.rows import DTYPES, VectorRows, quantise
 from tests.guarded import guarded
 from tests.vectors.dequantise import dequantise
 

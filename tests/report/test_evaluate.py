@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import threading
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,14 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from flipkd.cli import main
 from flipkd.data.calibration import read_calibration
+from flipkd.data.find import find_shards
 from flipkd.data.folders import is_whole
+from flipkd.data.location import open_location
+from flipkd.data.shards import ShardReader
 from flipkd.errors import ConfigError, InputError, OutputError
 from flipkd.report.config import EvaluateConfig
 from flipkd.report.evaluate import evaluate
+from flipkd.report.scan import count_rows
 from tests.report.conftest import MakeScores, score_table
 
 
@@ -332,3 +337,17 @@ def test_memory_does_not_grow_with_unlabelled_rows(tmp_path: Path) -> None:
 def test_the_command_line_stays_light() -> None:
     code = "import sys, flipkd, flipkd.cli; print([n for n in ('torch', 'sklearn', 'matplotlib') if n in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_footers_are_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(4):
+        pq.write_table(pa.table({"score": [0.5] * number}), tmp_path / f"{number}.parquet")
+    together, init = threading.Barrier(4, timeout=10), ShardReader.__init__
+
+    def waits(self: ShardReader, *arguments: Any) -> None:
+        together.wait()  # breaks where one is read after another
+        init(self, *arguments)
+
+    monkeypatch.setattr(ShardReader, "__init__", waits)
+    location = open_location(tmp_path)
+    assert count_rows(location, find_shards(location)) == 6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from flipkd.config import EncodeConfig, EncoderOptions
+from flipkd.data.find import Shard
+from flipkd.data.location import Location
+from flipkd.data.shards import ShardReader
 from flipkd.run.encode import encode
 from tests.small_models import make_base
 
@@ -71,6 +75,20 @@ def world(minilm_dir: Path, icd9: list[tuple[str, str, str]], tmp_path_factory: 
 def llm_dir(tmp_path_factory: pytest.TempPathFactory, minilm_dir: Path) -> Path:
     """A Llama of 3 blocks whose answers differ from pair to pair."""
     return make_base(tmp_path_factory.mktemp("llm"), minilm_dir, seed=3, initializer_range=0.5)
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each file was opened, by name."""
+    counts: Counter[str] = Counter()
+    init = ShardReader.__init__
+
+    def counted(self: ShardReader, location: Location, shard: Shard, may_skip: bool = False) -> None:
+        counts[shard.name] += 1
+        init(self, location, shard, may_skip)
+
+    monkeypatch.setattr(ShardReader, "__init__", counted)
+    return counts
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ from flipkd.errors import ConfigError, InputError, OutputError
 from flipkd.models.llm import load_llm
 from flipkd.models.llm_options import LlmOptions
 from flipkd.run.combination import Combination, fit_combination, read_combination
+from flipkd.run.plan_rescore import plan_rescore
 from flipkd.run.rescore import rescore
 from flipkd.run.rescore_config import RescoreConfig, budget_rows
 from flipkd.run.rescore_cost import dry_run
@@ -304,6 +305,14 @@ def test_texts_come_from_record_tables(
                 wanted.column("llm_probability")[row].as_py(), abs=1e-5
             )
     assert found.column("probability")[3].as_py() == ids.column("probability")[3].as_py()
+
+
+def test_a_plan_opens_each_file_once(
+    make_scores: MakeScores, llm_dir: Path, tmp_path: Path, opened: Counter[str]
+) -> None:
+    planned = plan_rescore(config(make_scores(files=3), llm_dir, tmp_path / "out", band=(0.2, 0.8)))
+    assert planned.threshold == 0.5
+    assert list(opened.values()) == [1, 1, 1]
 
 
 def test_an_empty_text_is_a_reason(make_scores: MakeScores, llm_dir: Path, tmp_path: Path) -> None:

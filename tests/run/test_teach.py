@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +34,7 @@ from flipkd.data.teacher_scores import TEACHER_VECTORS, TeacherFacts, read_teach
 from flipkd.errors import ConfigError, ConflictingRecordsError, InputError, ModelError, OutputError
 from flipkd.run import teach as teach_module
 from flipkd.run.manifest import UnitReport
+from flipkd.run.plan_teach import plan_teach
 from flipkd.run.status import status
 from flipkd.run.teach import teach
 from flipkd.run.texts import TextsWorker
@@ -268,6 +270,21 @@ def test_a_label_column_of_another_name_or_in_some_files_only(world: World, tmp_
     task = inline(tmp_path, world.encoder, [table, texts(["a"], ["b"])], label_column="same")
     with pytest.raises(InputError, match=r"000\.parquet has a label column 'same' and 001\.parquet has none"):
         teach(task)
+
+
+def test_a_plan_opens_each_file_once(world: World, tmp_path: Path, opened: Counter[str]) -> None:
+    left, right = world.texts
+    labels = pa.array([1, 0] * 5, pa.int8())
+    planned = plan_teach(inline(tmp_path, world.encoder, [texts(left[:10], right[:10], label=labels)] * 3))
+    assert planned.teacher.label_column == "label"
+    assert opened == {f"{number:03d}.parquet": 1 for number in range(3)}
+
+
+def test_a_wrong_label_is_no_bad_file(world: World, tmp_path: Path) -> None:
+    skip = RunOptions(on_bad_shard="skip")
+    table = texts(["a", "b"], ["c", "d"], label=pa.array([1, 2], pa.int8()))
+    with pytest.raises(InputError, match="'label' is neither 0 nor 1 in row 1"):
+        plan_teach(inline(tmp_path, world.encoder, [table], run=skip))
 
 
 @pytest.mark.parametrize("kind", ["bi-encoder", "cross-encoder"])
