@@ -31,7 +31,8 @@ class RunOptions:
             workers (None: as many as the cluster holds).
         min_workers: Ray workers that must start before the job gives up waiting for them.
         threads: threads of one worker (None: in process all cores, on Ray 1). CPUs that a Ray worker reserves.
-        gpus: GPUs that a Ray worker reserves (None: 1 if the cluster has any and the stage runs a model, else 0).
+        gpus: GPUs that a Ray worker reserves (None: 1 if the cluster has any and the stage runs a model, unless on the
+            CPU, else 0).
         on_bad_shard: ``fail`` at the first unreadable input file, or ``skip`` it, count it, and end as partial.
         max_retries: how often a unit is tried again whose read failed for a reason that may pass, and, counted apart,
             whose Ray worker died.

@@ -83,20 +83,22 @@ def _hold(plan: EncodePlan) -> int:
     path = _note(plan.config.output)
     with writing(path):
         while True:
-            make_private_folder(os.path.dirname(path))
             with contextlib.suppress(FileNotFoundError):  # the folder is deleted at this moment
-                descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-                fcntl.flock(descriptor, fcntl.LOCK_SH)
-                if os.fstat(descriptor).st_nlink:
-                    os.pwrite(descriptor, _origin(plan).encode(), 0)
-                    os.utime(descriptor)
-                    return descriptor
-                os.close(descriptor)
+                make_private_folder(os.path.dirname(path))
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+                with contextlib.ExitStack() as opened:
+                    opened.callback(os.close, descriptor)
+                    fcntl.flock(descriptor, fcntl.LOCK_SH)
+                    if os.fstat(descriptor).st_nlink:
+                        os.pwrite(descriptor, _origin(plan).encode(), 0)
+                        os.utime(descriptor)
+                        opened.pop_all()
+                        return descriptor
 
 
 def _remove_if_older(store: Location, origin: str, touched_ns: int) -> None:
     try:
-        descriptor = os.open(_note(store.path), os.O_RDWR)
+        descriptor = os.open(_note(store.path), os.O_RDWR | os.O_NOFOLLOW)
     except OSError:  # no note, so not a store of score's
         return
     try:
