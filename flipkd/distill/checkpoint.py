@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -50,7 +50,10 @@ class Progress:
 def save_checkpoint(
     folder: Path, student: Student, optimizer: torch.optim.Optimizer, progress: Progress, keep: int
 ) -> None:
-    """Publishes ``folder/step-NNNNNNNN``; then all but the newest ``keep`` checkpoints are deleted."""
+    """Publishes ``folder/step-NNNNNNNN``; then all but the newest ``keep`` checkpoints up to it are deleted.
+
+    Later ones are those that the run could not go on from, and went back before.
+    """
 
     def write(target: Path) -> None:
         save_file(
@@ -59,21 +62,53 @@ def save_checkpoint(
         save_file(_moments(student, optimizer), target / "optimizer.safetensors")
         (target / "progress.json").write_text(json.dumps(asdict(progress), indent=1))
 
-    publish_folder(folder / f"step-{progress.step:08d}", write)
-    for old in _checkpoints(folder)[keep:]:
-        remove_published(old)
+    newest = _checkpoint(folder, progress.step)
+    publish_folder(newest, write)
+    found = _checkpoints(folder)
+    own = found.index(newest)
+    for other in found[:own] + found[own + keep :]:
+        remove_published(other)
 
 
-def load_checkpoint(folder: Path, student: Student, optimizer: torch.optim.Optimizer) -> Progress:
-    """Restores the newest whole checkpoint; damaged ones are passed over with a warning. Without any: the start."""
+def newest_checkpoint(folder: Path, has_best: Callable[[int], bool]) -> int:
+    """Step of the newest checkpoint that a run can go on from; 0, the start, where there is none.
+
+    A checkpoint that is damaged, or whose best student is lost, is passed over with a warning.
+
+    Args:
+        folder: of the checkpoints.
+        has_best: whether the best student of a step is there, whole.
+    """
     for path in _checkpoints(folder):
         if not is_whole(path):
             logger.warning("%s is damaged; going back to the one before", path)
             continue
-        load_adapter_weights(student, load_file(path / "adapter.safetensors"), str(path))
-        _restore(student, optimizer, load_file(path / "optimizer.safetensors"))
-        return Progress(**json.loads((path / "progress.json").read_text()))
-    return Progress()
+        progress = _progress(path)
+        if progress.best_step is not None and not has_best(progress.best_step):
+            logger.warning(
+                "%s: its best student, of step %d, is lost; going back to the one before", path, progress.best_step
+            )
+            continue
+        return progress.step
+    return 0
+
+
+def load_checkpoint(folder: Path, step: int, student: Student, optimizer: torch.optim.Optimizer) -> Progress:
+    """Restores the checkpoint of a step, which ``newest_checkpoint`` gave; that of step 0 is the start."""
+    if not step:
+        return Progress()
+    path = _checkpoint(folder, step)
+    load_adapter_weights(student, load_file(path / "adapter.safetensors"), str(path))
+    _restore(student, optimizer, load_file(path / "optimizer.safetensors"))
+    return _progress(path)
+
+
+def _progress(path: Path) -> Progress:
+    return Progress(**json.loads((path / "progress.json").read_text()))
+
+
+def _checkpoint(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -6,7 +6,7 @@
     metrics.jsonl           a line per log step and per validation
     learning_curve.png
     checkpoints/step-*/     to go on from
-    best/step-*/            the best student so far
+    best/step-*/            the best student so far, and those that a checkpoint names
     adapter/                the best student of the finished run; ``export`` reads it
 """
 
@@ -107,9 +107,12 @@ class RunFolder:
         """Publishes the best student so far; older ones stay while a checkpoint names them."""
         from flipkd.models.adapter import save_student
 
-        target = self._best / f"step-{step:08d}"
         make_private_folder(str(self._best))
-        publish_folder(target, lambda folder: save_student(student, folder))
+        publish_folder(self._best_of(step), lambda folder: save_student(student, folder))
+
+    def has_best(self, step: int) -> bool:
+        """Whether ``save_best`` published one of this step, and it is whole."""
+        return is_whole(self._best_of(step))
 
     def forget_older_bests(self) -> None:
         """Deletes best students that no checkpoint names any more: a run may go back to any checkpoint."""
@@ -122,21 +125,32 @@ class RunFolder:
                 remove_published(old)
 
     def finish(self, student: Student, best_step: int | None) -> None:
-        """Publishes the best student, or the last one where nothing was validated, as the run's."""
+        """Publishes the best student, or the last one where nothing was validated, as the run's.
+
+        The best one stays where it was too: from it and the last checkpoint a lost ``adapter/`` is made again.
+
+        Raises:
+            OutputError: the best student is damaged.
+        """
         from flipkd.models.adapter import save_student
 
-        best = None if best_step is None else self._best / f"step-{best_step:08d}"
+        if best_step is not None and not self.has_best(best_step):
+            raise OutputError(
+                f"{self._best_of(best_step)} is damaged or gone; run train again, it goes on from a checkpoint before"
+            )
 
         def write(folder: Path) -> None:
-            if best is None:
+            if best_step is None:
                 save_student(student, folder)
                 return
-            for file in best.iterdir():
+            for file in self._best_of(best_step).iterdir():
                 if file.name != SEAL:
                     shutil.copyfile(file, folder / file.name)
 
         publish_folder(self.path / ADAPTER, write)
-        shutil.rmtree(self._best, ignore_errors=True)
+
+    def _best_of(self, step: int) -> Path:
+        return self._best / f"step-{step:08d}"
 
 
 def _check_free(path: Path) -> None:

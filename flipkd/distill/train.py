@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from flipkd.data.location import open_location
-from flipkd.distill.checkpoint import Progress, load_checkpoint, save_checkpoint
+from flipkd.distill.checkpoint import Progress, load_checkpoint, newest_checkpoint, save_checkpoint
 from flipkd.distill.config import TrainConfig
 from flipkd.distill.data import BatchOrder, TrainingPairs
 from flipkd.distill.facts import run_facts, summary
@@ -136,7 +136,8 @@ class _Training:
     def run(self) -> None:
         """From the last checkpoint to the last step."""
         config, folder = self._config, self._folder
-        progress = load_checkpoint(folder.checkpoints, self._student, self._optimizer)
+        step = newest_checkpoint(folder.checkpoints, folder.has_best)
+        progress = load_checkpoint(folder.checkpoints, step, self._student, self._optimizer)
         if progress.step == 0 and config.start == "whitened":
             whiten_projection(self._student, self._ids, self._workers, config.max_tokens, config.seed)
         if self._leads:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -144,7 +145,7 @@ def test_the_best_student_stays_while_a_checkpoint_names_it(
     killed_at.clear()
     values[:] = [0.45, 0.48, 0.49]
     assert train(config)["best_step"] == 2
-    assert not (Path(config.output) / "best").exists()
+    assert [path.name for path in (Path(config.output) / "best").iterdir()] == ["step-00000002"]
 
 
 def broken_off(config: TrainConfig, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
@@ -162,6 +163,54 @@ def broken_off(config: TrainConfig, monkeypatch: pytest.MonkeyPatch, step: int) 
         patch.setattr(module._Training, "_step", stop)
         with pytest.raises(KeyboardInterrupt):
             train(config)
+
+
+def test_a_lost_adapter_is_made_again(make_config: MakeConfig) -> None:
+    config = make_config()
+    told = train(config)
+    before, adapter = weights(config), Path(config.output) / "adapter"
+    (adapter / WEIGHTS_FILE).unlink()  # not over it: what was loaded of it is mapped
+    (adapter / WEIGHTS_FILE).write_bytes(b"damaged")
+    assert train(config) == told
+    assert_same(weights(config), before)
+    shutil.rmtree(adapter)
+    assert train(config) == told
+    assert_same(weights(config), before)
+
+
+def test_a_run_whose_best_student_is_lost_too_is_trained_again(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As is that of an older version, which kept it in ``adapter/`` alone."""
+    config = make_config(checkpoint_every=2)
+    train(config)
+    before, folder = weights(config), Path(config.output)
+    for name in ("adapter", "best"):
+        shutil.rmtree(folder / name)
+    broken_off(config, monkeypatch, 3)
+    assert "step-00000006: its best student, of step" in caplog.text
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000002"]  # none of the lost run
+    train(config)
+    assert_same(weights(config), before)
+
+
+def test_a_damaged_best_student_is_not_published(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    import flipkd.distill.train as module
+
+    config, draw = make_config(), module.draw_learning_curve
+
+    def damage(*arguments: Any) -> None:
+        draw(*arguments)
+        for path in (Path(config.output) / "best").glob(f"*/{WEIGHTS_FILE}"):
+            path.write_bytes(b"damaged")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "draw_learning_curve", damage)
+        with pytest.raises(OutputError, match="is damaged or gone; run train again"):
+            train(config)
+    assert not (Path(config.output) / "adapter").exists()
+    train(config)
+    load_student(Path(config.output) / "adapter")
 
 
 @pytest.mark.parametrize(
