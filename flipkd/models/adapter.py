@@ -30,14 +30,21 @@ STUDENT_FILE = "student.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 
-def new_student(options: StudentOptions, device: str = "cpu", seed: int = 0) -> Student:
+def new_student(options: StudentOptions, device: str = "cpu", seed: int = 0, fingerprint: str | None = None) -> Student:
     """Loads the base and puts fresh LoRA on it: A random, B zero.
+
+    Args:
+        options: of the student.
+        device: where to run.
+        seed: of A.
+        fingerprint: the base's (``base_fingerprint``), where the caller has it already; None makes it here.
 
     Raises:
         ConfigError: an option does not fit the base.
         ModelError: the base cannot be loaded, or is of another family.
     """
-    base, tokenizer, layer, fingerprint = _load_base(options)
+    base, tokenizer, layer = _load_base(options)
+    fingerprint = fingerprint or base_fingerprint(options.folder)
     blocks = len(base.model.layers) if options.whole_tower else layer
     return Student(options, layer, _with_lora(base, options, layer, blocks, seed).to(device), tokenizer, fingerprint)
 
@@ -92,8 +99,8 @@ def load_student(
     Raises:
         ModelError: a file or a weight is missing, or the base is not the one that was trained.
     """
-    options, _, weights = _read_adapter(Path(folder), base, trust_remote_code)
-    student = new_student(options, device)
+    options, _, weights, fingerprint = _read_adapter(Path(folder), base, trust_remote_code)
+    student = new_student(options, device, fingerprint=fingerprint)
     load_adapter_weights(student, weights, str(Path(folder) / WEIGHTS_FILE))
     return student
 
@@ -117,10 +124,10 @@ def load_decoder(
         ModelError: as ``load_student``.
     """
     path = Path(folder)
-    options, layer, weights = _read_adapter(path, base, trust_remote_code)
+    options, layer, weights, _ = _read_adapter(path, base, trust_remote_code)
     whole = replace(options, layer=layer, whole_tower=True, dtype="float32")
     # Transformers' own choice: not every model has each (Gemma 2's soft caps are for eager alone).
-    model, tokenizer, _, _ = _load_base(whole, attention=None)
+    model, tokenizer, _ = _load_base(whole, attention=None)
     adapted = _with_lora(model, options, layer, len(model.model.layers) if options.whole_tower else layer)
     _put_weights(adapted, weights, str(path / WEIGHTS_FILE))
     return adapted.merge_and_unload().to(dtype).eval(), tokenizer
@@ -128,8 +135,8 @@ def load_decoder(
 
 def _read_adapter(
     path: Path, base: str | None, trust_remote_code: bool
-) -> tuple[StudentOptions, int, dict[str, Tensor]]:
-    """Options, layer k and weights of a student's folder; its base is the one that was trained."""
+) -> tuple[StudentOptions, int, dict[str, Tensor], str]:
+    """Options, layer k and weights of a student's folder, and the fingerprint of its base: the one that was trained."""
     from safetensors.torch import load_file
 
     try:
@@ -149,7 +156,7 @@ def _read_adapter(
             f"{path}: was trained on another base than {options.folder} (its fingerprint is {wanted[:12]}, not "
             f"{found[:12]}); name the folder of the right one"
         )
-    return options, layer, weights
+    return options, layer, weights, found
 
 
 def adapter_weights(student: Student) -> dict[str, Tensor]:
@@ -191,7 +198,7 @@ def base_fingerprint(folder: str | Path) -> str:
     return files_fingerprint(find_folder(folder))
 
 
-def _load_base(options: StudentOptions, attention: str | None = ATTENTION) -> tuple[Any, Any, int, str]:
+def _load_base(options: StudentOptions, attention: str | None = ATTENTION) -> tuple[Any, Any, int]:
     import transformers
     from transformers.utils import logging as transformers_logging
 
@@ -246,4 +253,4 @@ def _load_base(options: StudentOptions, attention: str | None = ATTENTION) -> tu
         )
     check_finite(model.named_parameters(), path)
     check_tokenizer(tokenizer, path)
-    return model.requires_grad_(False), tokenizer, layer, base_fingerprint(path)
+    return model.requires_grad_(False), tokenizer, layer
