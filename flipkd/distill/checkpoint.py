@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flipkd.data.folders import is_whole, publish_folder, remove_published
+from flipkd.errors import InputError
 from flipkd.models.adapter import adapter_weights, load_adapter_weights
 from flipkd.models.student import Student
 
@@ -94,10 +95,16 @@ def newest_checkpoint(folder: Path, has_best: Callable[[int], bool]) -> int:
 
 
 def load_checkpoint(folder: Path, step: int, student: Student, optimizer: torch.optim.Optimizer) -> Progress:
-    """Restores the checkpoint of a step, which ``newest_checkpoint`` gave; that of step 0 is the start."""
+    """Restores the checkpoint of a step, which ``newest_checkpoint`` gave (maybe another worker); step 0 is the start.
+
+    Raises:
+        InputError: this worker finds no whole one.
+    """
     if not step:
         return Progress()
     path = _checkpoint(folder, step)
+    if not is_whole(path):
+        raise InputError(f"{path} cannot be read by this training worker; all nodes must see the run's folder")
     load_adapter_weights(student, load_file(path / "adapter.safetensors"), str(path))
     _restore(student, optimizer, load_file(path / "optimizer.safetensors"))
     return _progress(path)

@@ -11,17 +11,14 @@ import contextlib
 import logging
 import os
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from flipkd.distill.config import TrainConfig
-from flipkd.distill.facts import run_facts, summary
+from flipkd.distill.facts import summary
 from flipkd.distill.gradients import Workers
-from flipkd.distill.run_folder import RunFolder
-from flipkd.distill.train import output_path, train_worker
-from flipkd.distill.training_data import read_training_data
+from flipkd.distill.train import run_path, train_worker
 from flipkd.errors import ClusterError, ConfigError, FlipkdError, told_without_data
 from flipkd.logs import current_options, log_as_worker
 from flipkd.run.cluster import RAY_LOGGERS, connect, gpus_of_a_worker
@@ -79,8 +76,7 @@ def train_on_ray(config: TrainConfig) -> dict[str, Any]:
             raise ClusterError(
                 f"training on Ray failed ({type(error).__name__}); checkpoints are kept, run again"
             ) from error
-    facts = run_facts(config, read_training_data(config))
-    return summary(config, RunFolder(Path(output_path(config)), facts, overwrite=False))
+    return summary(config, run_path(config))
 
 
 def _worker(task: dict[str, Any]) -> None:

@@ -32,11 +32,22 @@ class Workers:
     rank: int = 0
     count: int = 1
 
+    @property
+    def leads(self) -> bool:
+        """Whether this is rank 0, which alone writes."""
+        return self.rank == 0
+
     def sum(self, tensor: Tensor) -> Tensor:
         """Sums in place over the workers."""
         if self.count > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def told(self, numbers: Sequence[int], device: str | torch.device) -> list[int]:
+        """What rank 0 says: its integers of 64 bits; the others pass as many of any value, and wait."""
+        own = torch.tensor(numbers if self.leads else [0] * len(numbers), dtype=torch.int64, device=device)
+        found: list[int] = self.sum(own).tolist()
+        return found
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Sums the gradients over the workers, in one message."""

@@ -42,8 +42,9 @@ logger = logging.getLogger(__name__)
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 ADAPTER = "adapter"
+CHECKPOINTS = "checkpoints"
 _CURVE_FILE = "learning_curve.png"
-_FOLDERS = ("checkpoints", "best", ADAPTER)
+_FOLDERS = (CHECKPOINTS, "best", ADAPTER)
 _STEP = re.compile(r"step-[0-9]{8}")
 
 
@@ -61,7 +62,7 @@ class RunFolder:
 
     def __init__(self, path: Path, facts: Mapping[str, Any], overwrite: bool) -> None:
         self.path = path
-        self.checkpoints = path / "checkpoints"
+        self.checkpoints = path / CHECKPOINTS
         self._best = path / "best"
         location = open_location(str(path))
         found = read_json(location, RUN_FILE, fingerprint=str)
@@ -167,7 +168,7 @@ def _empty(path: Path) -> None:
         OutputError: there is; names it. Nothing has been deleted then.
     """
     made = [path / ADAPTER]
-    for name in ("checkpoints", "best"):
+    for name in (CHECKPOINTS, "best"):
         children = sorted((path / name).iterdir()) if (path / name).is_dir() else []
         made += [child for child in children if not TEMPORARY_NAME.fullmatch(child.name)]
     for folder in made:

@@ -35,7 +35,7 @@ def whiten_projection(
     """
     projection = student.projection
     found = torch.zeros_like(projection)
-    if workers.rank == 0:
+    if workers.leads:
         count = min(len(ids), _TEXTS)
         chosen = [ids[place] for place in np.random.default_rng([seed, 3]).choice(len(ids), count, replace=False)]
         student.eval()

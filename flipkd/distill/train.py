@@ -28,12 +28,12 @@ from flipkd.distill.gradients import Workers, backward_vectors
 from flipkd.distill.language_model import backward_language_model
 from flipkd.distill.objective import Batch, batch_loss, check_objective
 from flipkd.distill.picture import draw_learning_curve
-from flipkd.distill.run_folder import RunFolder
+from flipkd.distill.run_folder import CHECKPOINTS, RunFolder
 from flipkd.distill.start import whiten_projection
 from flipkd.distill.training_data import TrainingData, read_training_data, with_unlabelled
 from flipkd.distill.validation import deciding_value, validate
-from flipkd.errors import ConfigError, ModelError
-from flipkd.models.adapter import new_student
+from flipkd.errors import ConfigError, InputError, ModelError
+from flipkd.models.adapter import base_fingerprint, new_student
 from flipkd.models.llm_prompt import TRAINED_PROMPTS, pair_prompt
 from flipkd.models.student import Student
 from flipkd.run.job import available_cores
@@ -71,29 +71,55 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
 
 def train_worker(config: TrainConfig, workers: Workers) -> dict[str, Any]:
-    """What each of the workers that train together does; rank 0 alone writes. See ``train``."""
+    """What each of the workers that train together does. See ``train``.
+
+    Rank 0 alone writes, and says where the run goes on: each worker by itself might take another checkpoint for whole.
+    """
     data = read_training_data(config)
     check_objective(config.loss, data.pairs.labels is not None, data.pairs.teacher is not None)
-    folder = RunFolder(Path(output_path(config)), run_facts(config, data), config.run.overwrite)
-    if folder.is_finished:
-        logger.info("%s is complete already", config.output)
-        return summary(config, folder)
-    changed = config.other_rounding(folder.facts.get("config", {}))
-    if changed:
-        logger.warning("%s goes on with another %s: its last bits may differ", config.output, ", ".join(changed))
+    path, base = run_path(config), base_fingerprint(config.student.folder)
+    facts = run_facts(config, data, base)
     device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-    student = new_student(config.student, device, config.seed)
+    folder = RunFolder(path, facts, config.run.overwrite) if workers.leads else None
+    is_finished, step = _start(facts["fingerprint"], folder, workers, device)
+    if is_finished:
+        if workers.leads:
+            logger.info("%s is complete already", config.output)
+        return summary(config, path)
+    if folder is not None and (changed := config.other_rounding(folder.facts.get("config", {}))):
+        logger.warning("%s goes on with another %s: its last bits may differ", config.output, ", ".join(changed))
+    student = new_student(config.student, device, config.seed, base)
     if config.gradient_checkpointing:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # its new name is not in every transformers that we take
             student.decoder.gradient_checkpointing_enable({"use_reentrant": False})
-    _Training(config, workers, folder, student, data).run()
-    return summary(config, folder)
+    _Training(config, workers, folder, student, data).run(step)
+    return summary(config, path)
 
 
-def output_path(config: TrainConfig) -> str:
-    """The run's folder as a path."""
-    return str(open_location(config.output).path)
+def _start(fingerprint: str, folder: RunFolder | None, workers: Workers, device: str) -> tuple[bool, int]:
+    """Whether the run is finished, and the step of the checkpoint to go on from: rank 0's, which has the ``folder``.
+
+    Raises:
+        InputError: this worker's data, base or options are others than rank 0's.
+    """
+    of_run = int(fingerprint[:15], 16)  # 60 bits of it
+    own = [0, 0, 0]
+    if folder is not None:
+        is_finished = folder.is_finished
+        own = [int(is_finished), 0 if is_finished else newest_checkpoint(folder.checkpoints, folder.has_best), of_run]
+    finished, step, of_leader = workers.told(own, device)
+    if of_run != of_leader:
+        raise InputError(
+            f"training worker {workers.rank} finds other pairs or another base than worker 0; all nodes must see the "
+            "same files"
+        )
+    return bool(finished), step
+
+
+def run_path(config: TrainConfig) -> Path:
+    """The run's folder."""
+    return Path(open_location(config.output).path)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -112,7 +138,7 @@ class _Training:
         self,
         config: TrainConfig,
         workers: Workers,
-        folder: RunFolder,
+        folder: RunFolder | None,
         student: Student,
         data: TrainingData,
     ) -> None:
@@ -133,17 +159,16 @@ class _Training:
         words = TRAINED_PROMPTS[config.student.prompt_version]
         self._prompt = pair_prompt(words, student.tokenizer) if config.loss.trains_language_model else None
 
-    def run(self) -> None:
-        """From the last checkpoint to the last step."""
+    def run(self, step: int) -> None:
+        """From the checkpoint of ``step`` (0: from the start) to the last step."""
         config, folder = self._config, self._folder
-        step = newest_checkpoint(folder.checkpoints, folder.has_best)
-        progress = load_checkpoint(folder.checkpoints, step, self._student, self._optimizer)
+        progress = load_checkpoint(run_path(config) / CHECKPOINTS, step, self._student, self._optimizer)
         if progress.step == 0 and config.start == "whitened":
             whiten_projection(self._student, self._ids, self._workers, config.max_tokens, config.seed)
-        if self._leads:
+        if folder is not None:
             folder.forget_after(progress.step)
         started = time.perf_counter() - progress.seconds
-        shown = self._leads and config.run.progress
+        shown = folder is not None and config.run.progress
         with progress_bar("train", config.steps, "steps", shown) as bar, self._board() as board:
             bar.update(progress.step)
             while progress.step < config.steps and not progress.stopped:
@@ -155,25 +180,21 @@ class _Training:
                     line |= {name: float(value) for name, value in metrics.items()}
                 if self._validation is not None and (progress.step % config.evaluate_every == 0 or last):
                     progress = self._validate(progress, self._validation, line)
-                if line and self._leads:
+                if line and folder is not None:
                     line = {"step": progress.step, "seconds": round(progress.seconds, 3), **line}
                     folder.log(line)
                     board.add(line)
                 if progress.step % config.checkpoint_every == 0 or last or progress.stopped:
-                    if self._leads:
+                    if folder is not None:
                         keep = config.keep_checkpoints
                         save_checkpoint(folder.checkpoints, self._student, self._optimizer, progress, keep)
                         folder.forget_older_bests()
                         draw_learning_curve(folder.metrics(), folder.path / "learning_curve.png")
                     self._wait()
                 bar.update(1)
-        if self._leads:
+        if folder is not None:
             folder.finish(self._student, progress.best_step)
         self._wait()
-
-    @property
-    def _leads(self) -> bool:
-        return self._workers.rank == 0
 
     def _wait(self) -> None:
         self._workers.sum(torch.zeros(1, device=self._student.device))
@@ -181,7 +202,7 @@ class _Training:
     def _board(self) -> Any:
         from flipkd.distill.board import Board
 
-        return Board(self._folder.path if self._leads else None)
+        return Board(None if self._folder is None else self._folder.path)
 
     def _step(self, step: int) -> dict[str, Any]:
         config = self._config
@@ -251,7 +272,7 @@ class _Training:
         """Validates on rank 0 and tells the others; returns the progress with the best value and whether to stop."""
         config = self._config
         told = torch.zeros(2, dtype=torch.float64, device=self._student.device)
-        if self._leads:
+        if self._workers.leads:
             line["validation"] = validate(
                 self._student,
                 pairs,
@@ -266,7 +287,7 @@ class _Training:
         if not has_value:
             return progress
         if progress.best_value is None or value > progress.best_value:
-            if self._leads:
+            if self._folder is not None:
                 self._folder.save_best(self._student, progress.step)
             return replace(progress, best_value=value, best_step=progress.step, waited=0)
         waited = progress.waited + 1

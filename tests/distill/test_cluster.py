@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,6 @@ from flipkd.data.folders import is_whole
 from flipkd.distill import cluster
 from flipkd.distill.config import TrainConfig
 from flipkd.distill.facts import run_facts
-from flipkd.distill.run_folder import RunFolder
 from flipkd.distill.train import train
 from flipkd.distill.training_data import read_training_data
 from flipkd.errors import ConfigError
@@ -55,7 +55,7 @@ def assert_same_curve(found: TrainConfig, expected: TrainConfig) -> None:
 
 
 @pytest.mark.parametrize("device", ["auto", "cpu", "cuda"])
-def test_the_driver_finds_the_run_of_workers_with_gpus(
+def test_a_worker_with_a_gpu_trains_the_same_run(
     make_config: MakeConfig, tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, told = make_config(device=device), []
@@ -69,14 +69,34 @@ def test_the_driver_finds_the_run_of_workers_with_gpus(
     ((own, count),) = told
     assert (own.device, count) == (device, 1)
     data = read_training_data(config)
-    (tmp_path / "run").mkdir()
-    for one in (replace(config, device="cuda"), config):  # another device is no other run either
-        RunFolder(tmp_path / "run", run_facts(one, data), overwrite=False)
+    made = [run_facts(each, data, "base") for each in (replace(config, device="cuda"), config)]
+    assert made[0]["fingerprint"] == made[1]["fingerprint"]  # another device is no other run either
 
 
 def test_gpus_do_not_go_with_the_cpu(make_config: MakeConfig) -> None:
     with pytest.raises(ConfigError, match="--gpus does not go with --device cpu"):
         cluster.train_on_ray(make_config(device="cpu", run=RunOptions(ray="local", gpus=0.5)))
+
+
+def test_the_driver_tells_of_the_run_by_its_metrics(
+    make_config: MakeConfig, pairs_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The workers have read the pairs, which may be many, and made the folder."""
+    pairs = tmp_path / "pairs"
+    shutil.copytree(pairs_dir, pairs)
+    config = make_config(pairs=str(pairs), run=RunOptions(ray="local", threads=1))
+
+    def fit() -> None:
+        train(replace(config, run=RunOptions(threads=1)))
+        shutil.rmtree(pairs)
+
+    monkeypatch.setattr(cluster, "connect", lambda _: None)
+    monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"CPU": 1.0})
+    monkeypatch.setattr(cluster.ray.train.torch, "TorchTrainer", lambda *_, **__: SimpleNamespace(fit=fit))
+    found = cluster.train_on_ray(config)
+    validated = [line for line in curve(config) if "validation" in line]
+    assert found["steps"] == 6
+    assert found["validation"] in [line["validation"] for line in validated]
 
 
 @pytest.mark.slow

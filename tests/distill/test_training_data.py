@@ -192,7 +192,7 @@ def test_a_run_of_which_nothing_is_left_out_is_the_same_run(make_config: MakeCon
     assert data.unlabelled is not None
     assert data.unlabelled.fingerprint == read_training_pairs(str(unlabelled), ignores_labels=True).fingerprint
     assert data.pairs.fingerprint == read_training_pairs(config.pairs).fingerprint
-    assert run_facts(config, data) == run_facts(config, read_training_data(config))
+    assert run_facts(config, data, "base") == run_facts(config, read_training_data(config), "base")
 
 
 def test_unlabelled_pairs_that_are_all_validated_on_are_none(make_config: MakeConfig, pairs_dir: Path) -> None:
