@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flipkd.data.json_files import parse_object, read_option_file
+from flipkd.data.odds import sigmoid
 from flipkd.errors import ConfigError
 
 SCORE_COLUMN = "score_column"  # key of the file: the column that the curve was fitted to
@@ -67,9 +68,7 @@ def probabilities(calibration: Calibration, scores: npt.ArrayLike) -> npt.NDArra
     """[N] float32 in 0..1, of N scores; NaN where the score is NaN. Computed in float64."""
     values = np.asarray(scores, np.float64)
     if isinstance(calibration, Sigmoid):
-        logits = calibration.slope * values + calibration.intercept
-        with np.errstate(over="ignore"):
-            return (1 / (1 + np.exp(-logits))).astype(np.float32)
+        return sigmoid(calibration.slope * values + calibration.intercept).astype(np.float32)
     return np.interp(values, calibration.scores, calibration.probabilities).astype(np.float32)
 
 

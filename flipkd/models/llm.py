@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from flipkd.data.json_files import parse_object
+from flipkd.data.odds import sigmoid
 from flipkd.errors import ConfigError, ModelError
 from flipkd.models.folder import files_fingerprint, find_folder
 from flipkd.models.llm_options import LlmOptions
@@ -108,7 +109,7 @@ class PairLlm:
         asked = distinct + [(right, left) for left, right in distinct] if self.both_orders else distinct
         prompts = self.tokenizer.tokenize(asked)
         sums = self.engine.label_log_probabilities(prompts)
-        found = 1 / (1 + np.exp(np.clip(sums[:, 0] - sums[:, 1], -700, 700)))
+        found = sigmoid(sums[:, 1] - sums[:, 0])
         found = found.reshape(-1, count).mean(axis=0) if count else found
         if not np.isfinite(found).all():
             raise not_finite("language model", "pairs", rows, np.flatnonzero(~np.isfinite(found)))

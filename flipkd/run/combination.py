@@ -20,6 +20,7 @@ from flipkd.data.find import find_shards
 from flipkd.data.json_files import parse_object, read_option_file
 from flipkd.data.labels import read_labels
 from flipkd.data.location import Location
+from flipkd.data.odds import sigmoid
 from flipkd.data.shards import ShardReader
 from flipkd.errors import ConfigError, InputError
 
@@ -43,8 +44,7 @@ class Combination:
     def probability(self, answers: Numbers, scores: Numbers) -> npt.NDArray[np.float32]:
         """Calibrated probabilities float32 [N] of the LLM's [N] and the scores [N]."""
         odds = self.llm_logit * _log_odds(answers) + self.score * scores.astype(np.float64) + self.intercept
-        found: npt.NDArray[np.float32] = (1 / (1 + np.exp(-np.clip(odds, -700, 700)))).astype(np.float32)
-        return found
+        return sigmoid(odds).astype(np.float32)
 
 
 def fit_combination(answers: Numbers, scores: Numbers, labels: Numbers) -> Combination:
