@@ -39,7 +39,7 @@ _HELP = {
     "unlabelled_batch_pairs": "Of them in one batch, beside --batch-pairs.",
     "left_text": "Column of left texts. Default: what teach recorded, else left_text.",
     "right_text": "Column of right texts.",
-    "label_column": "Column of labels. Default: label, if there is one.",
+    "label_column": "Column of labels, null for unlabelled. Default: label, if there is one.",
     "steps": "Optimizer steps.",
     "batch_pairs": "Pairs in one batch, over all workers.",
     "accumulate": "Batches whose gradients are added up in one step.",

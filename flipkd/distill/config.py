@@ -96,9 +96,10 @@ class TrainConfig:
         left_text, right_text: the text columns; None for what ``teach`` recorded, else ``left_text``/``right_text``.
         label_column: None takes ``label`` if there is such a column, and trains from teacher scores alone if not.
         steps: optimizer steps.
-        batch_pairs: pairs in one step, over all workers (all there are, where that is fewer); the in-batch matrix is
-            over their texts.
-        accumulate: batches whose gradients are added up in one step.
+        batch_pairs: pairs in one batch, over all workers (all there are, where that is fewer); losses compare the pairs
+            of a batch, and the in-batch matrix is over their texts.
+        accumulate: batches of one step, which takes the mean of their gradients: it learns from ``accumulate *
+            batch_pairs`` pairs, but compares those of one batch alone.
         learning_rate: highest, after warm-up.
         warmup_fraction: of the steps with a linearly rising rate; then it falls along a cosine to 0.
         weight_decay: AdamW's.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -126,3 +128,12 @@ def batch_loss(options: LossOptions, vectors: Tensor, batch: Batch) -> tuple[Ten
             chosen = student.detach()[batch.labels == value]
             metrics[f"score_{name}"] = chosen.mean() if len(chosen) else chosen.sum()
     return loss, metrics
+
+
+def metrics_of_step(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The metrics of the batches of one step as its own: losses and scores as their mean, counts as their sum."""
+    found: dict[str, Any] = {}
+    for name in batches[0]:
+        total = sum(batch[name] for batch in batches)
+        found[name] = total / len(batches) if name.startswith(("loss", "score_")) else total
+    return found

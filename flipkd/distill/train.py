@@ -26,7 +26,7 @@ from flipkd.distill.data import BatchOrder, TrainingPairs
 from flipkd.distill.facts import run_facts, summary
 from flipkd.distill.gradients import Workers, backward_vectors
 from flipkd.distill.language_model import backward_language_model
-from flipkd.distill.objective import Batch, batch_loss, check_objective
+from flipkd.distill.objective import Batch, batch_loss, check_objective, metrics_of_step
 from flipkd.distill.picture import draw_learning_curve
 from flipkd.distill.run_folder import CHECKPOINTS, RunFolder
 from flipkd.distill.start import whiten_projection
@@ -211,15 +211,15 @@ class _Training:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.zero_grad(set_to_none=True)
-        tokens, metrics = 0, {}
+        tokens, texts, parts = 0, 0, []
         for part in range(config.accumulate):
             number = step * config.accumulate + part
             rows = np.concatenate([first + order.batch(number) for first, order in self._orders])
             chosen = self._pairs.subset(rows)
             assert chosen.places is not None
             ids = [self._ids[place] for place in chosen.places]
-            tokens += sum(map(len, ids))
-            metrics = self._backward(chosen, ids, number)
+            tokens, texts = tokens + sum(map(len, ids)), texts + len(ids)
+            parts.append(self._backward(chosen, ids, number))
         self._workers.sum_gradients(self._parameters)
         for parameter in self._parameters:
             if parameter.grad is not None and config.accumulate > 1:
@@ -231,7 +231,8 @@ class _Training:
                 "checkpoint is kept"
             )
         self._optimizer.step()
-        return {**metrics, "learning_rate": rate, "gradient_norm": norm, "tokens": tokens, "texts": len(ids)}
+        found = metrics_of_step(parts)
+        return {**found, "learning_rate": rate, "gradient_norm": norm, "tokens": tokens, "texts": texts}
 
     def _backward(self, chosen: TrainingPairs, ids: Sequence[Sequence[int]], number: int) -> dict[str, Any]:
         config, student, device = self._config, self._student, self._student.device
