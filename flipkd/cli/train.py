@@ -42,7 +42,7 @@ _HELP = {
     "label_column": "Column of labels, null for unlabelled. Default: label, if there is one.",
     "steps": "Optimizer steps.",
     "batch_pairs": "Pairs in one batch, over all workers.",
-    "accumulate": "Batches whose gradients are added up in one step.",
+    "accumulate": "Batches in one step, which takes the mean of their gradients.",
     "learning_rate": "Highest learning rate.",
     "warmup_fraction": "Part of the steps with a rising learning rate.",
     "weight_decay": "AdamW's weight decay.",

@@ -18,6 +18,7 @@ from flipkd.data.commit import read_json
 from flipkd.data.find import Shard, find_shards
 from flipkd.data.labels import read_labels
 from flipkd.data.location import Location, open_location
+from flipkd.data.odds import sigmoid
 from flipkd.data.pairs import distinct_texts
 from flipkd.data.records import text_digests
 from flipkd.data.shards import ShardReader
@@ -103,13 +104,14 @@ def read_training_pairs(
         path: Parquet file or folder; usually the output of ``teach``.
         left_text: column of left texts; None for what ``teach`` recorded, else ``left_text``.
         right_text: column of right texts.
-        label_column: None takes what ``teach`` recorded, else ``label``, if there is such a column.
+        label_column: None takes what ``teach`` recorded, else ``label``, if there is such a column. A null is an
+            unlabelled pair; a column of nothing else is none.
         ignores_labels: whether labels are not read even where there are some.
 
     Raises:
         ConfigError: a column is missing or of a type that cannot be used, or there is neither label nor teacher score
             (with ``ignores_labels``: no teacher score).
-        InputError: a file cannot be read, a label is null or not 0 or 1 (named by file and row), or the teacher scores
+        InputError: a file cannot be read, a label is not 0, 1 or null (named by file and row), or the teacher scores
             of several teachers or scales are mixed.
     """
     location = open_location(path)
@@ -152,12 +154,17 @@ def read_training_pairs(
         raise InputError(f"{path} holds no pair that can be trained on: {skipped or 'it is empty'}")
     if skipped:
         logger.warning("%s: pairs left out: %s", path, skipped)
+    unlabelled = int(np.count_nonzero(np.isnan(labels[kept])))
+    if label is not None and unlabelled:
+        if unlabelled == len(kept) and not has_scores:
+            raise InputError(f"{path}: column {label!r} is null in every row, and there are no teacher scores")
+        logger.info("%s: pairs whose label is null, so unlabelled: %d of %d", path, unlabelled, len(kept))
     texts = list(places)
     return TrainingPairs(
         texts,
         left[kept],
         right[kept],
-        None if label is None else labels[kept],
+        None if unlabelled == len(kept) else labels[kept],
         _similarities(scores[kept], facts) if has_scores else None,
         _teacher_vectors(location, texts),
         facts,
@@ -261,7 +268,7 @@ def _read_shard(
     nothing = np.full(table.num_rows, np.nan, np.float32)
     labels, scores = nothing, nothing
     if label is not None:
-        labels = read_labels(table.column(label), label, location.naming(shard.name)).to_numpy()
+        labels = read_labels(table.column(label), label, location.naming(shard.name), allows_null=True).to_numpy()
     if has_scores:
         scores = table.column(TEACHER_SCORE).cast(pa.float32()).to_numpy()
     return _Part((sides[0], sides[1]), (labels, scores))
@@ -271,7 +278,7 @@ def _similarities(scores: npt.NDArray[Any], facts: TeacherFacts | None) -> npt.N
     """Teacher scores as similarities of at most 1: cosines and probabilities as they are, a logit's sigmoid."""
     values = scores.astype(np.float32)
     if facts is not None and facts.scale == "logit":
-        values = (1 / (1 + np.exp(-values.astype(np.float64)))).astype(np.float32)
+        values = sigmoid(values).astype(np.float32)
     return values
 
 

@@ -33,26 +33,26 @@ def validate(
         trains_vectors: whether the vectors are trained too.
 
     Returns:
-        With labels of both classes ``auc`` (area under the ROC curve), ``average_precision``, ``f1`` and
-        ``f1_threshold`` (the best over all thresholds: an upper bound for a threshold set elsewhere). With teacher
-        scores ``spearman`` (rank correlation with them). With a prompt the former four of the student's own answers:
-        ``answer_auc`` and so on (thresholds are of log-odds).
+        Of the pairs with a label, where both classes are among them, ``auc`` (area under the ROC curve),
+        ``average_precision``, ``f1`` and ``f1_threshold`` (the best over all thresholds: an upper bound for a threshold
+        set elsewhere). With teacher scores ``spearman`` (rank correlation with them). With a prompt the former four of
+        the student's own answers: ``answer_auc`` and so on (thresholds are of log-odds).
     """
     found: dict[str, float] = {}
-    is_labelled = pairs.labels is not None and 0 < pairs.labels.sum() < len(pairs)
-    if prompt is not None and is_labelled:
+    labelled = np.flatnonzero(~np.isnan(pairs.labels)) if pairs.labels is not None else np.empty(0, np.int64)
+    labels = pairs.labels[labelled] if pairs.labels is not None else np.empty(0, np.float32)
+    has_both = 0 < labels.sum() < len(labels)
+    if prompt is not None and has_both:
         bodies = [student.body(text) for text in ids]
-        asked = [(bodies[left], bodies[right]) for left, right in zip(pairs.left, pairs.right, strict=True)]
+        asked = [(bodies[pairs.left[pair]], bodies[pairs.right[pair]]) for pair in labelled]
         odds = answer_log_odds(student, prompt, asked, max_tokens)
-        assert pairs.labels is not None
-        found |= {f"answer_{name}": value for name, value in label_metrics(pairs.labels, odds).items()}
+        found |= {f"answer_{name}": value for name, value in label_metrics(labels, odds).items()}
     if not trains_vectors:
         return found
     vectors = student.encode_tokens(ids, max_tokens).cpu().numpy()
     scores = np.einsum("pd,pd->p", vectors[pairs.left], vectors[pairs.right])
-    if is_labelled:
-        assert pairs.labels is not None
-        found |= label_metrics(pairs.labels, scores)
+    if has_both:
+        found |= label_metrics(labels, scores[labelled])
     if pairs.teacher is not None:
         from scipy.stats import spearmanr
 

@@ -22,7 +22,7 @@ _KNOWN = {
 
 @dataclass(frozen=True)
 class StudentOptions:
-    """What a student is made of. Defaults are our choices, by the experiments in the README.
+    """What a student is made of. Defaults are our choices; ``docs/quality.md`` says which were measured.
 
     Args:
         folder: a Hugging Face decoder folder, or the name of one on the hub.

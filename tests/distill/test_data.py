@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
@@ -12,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flipkd.distill.data import BatchOrder, TrainingPairs, hold_out, read_training_pairs
+from flipkd.data.teacher_scores import TeacherFacts
+from flipkd.distill.data import BatchOrder, TrainingPairs, _similarities, hold_out, read_training_pairs
 from flipkd.errors import ConfigError, InputError
 
 WriteParquet = Callable[..., Path]
@@ -45,16 +47,28 @@ def test_labels_of_any_type(write_parquet: WriteParquet, labels: pa.Array) -> No
 @pytest.mark.parametrize(
     ("labels", "what"),
     [
-        (pa.array([1, None, 0], pa.int64()), "is null in row 1"),
         (pa.array([1, 0, 2]), "is neither 0 nor 1 in row 2"),
         (pa.array(["1", "yes", "0"]), "is neither 0 nor 1 in row 1"),
     ],
 )
 def test_bad_labels_are_named_by_file_and_row(write_parquet: WriteParquet, labels: pa.Array, what: str) -> None:
-    """Null is refused as other values are: transformers#27707."""
+    """transformers#27707."""
     path = pairs_with(write_parquet, label=labels)
     with pytest.raises(InputError, match=rf"part-0.parquet .*'label' {what}"):
         read_training_pairs(path)
+
+
+def test_a_null_label_is_an_unlabelled_pair(write_parquet: WriteParquet) -> None:
+    """As ``teach`` and ``evaluate`` take it."""
+    scores = pa.array([0.9, 0.2, 0.4], pa.float32())
+    path = pairs_with(write_parquet, label=pa.array([1, None, 0], pa.int64()), teacher_score=scores)
+    found = read_training_pairs(path).labels
+    assert found is not None
+    np.testing.assert_array_equal(found, np.array([1, np.nan, 0], np.float32))
+    nothing = pa.nulls(3, pa.int64())
+    assert read_training_pairs(pairs_with(write_parquet, label=nothing, teacher_score=scores)).labels is None
+    with pytest.raises(InputError, match="column 'label' is null in every row, and there are no teacher scores"):
+        read_training_pairs(pairs_with(write_parquet, label=nothing))
 
 
 def test_a_label_column_of_a_nested_type_is_refused(write_parquet: WriteParquet) -> None:
@@ -97,6 +111,14 @@ def test_texts_are_normalised_and_stand_once(write_parquet: WriteParquet) -> Non
     assert [found.texts[place] for place in found.left] == ["Nguyễn", "Nguyễn"]
     assert found.left[0] == found.left[1]
     assert found.skipped == {"missing_or_invalid_text": 2}
+
+
+def test_a_teachers_logit_becomes_its_sigmoid() -> None:
+    """Also one so low that exp overflows."""
+    facts = TeacherFacts("logit", None, "", "cross-encoder", ("left_text", "right_text"), None)
+    found = _similarities(np.array([-1e4, -2, 0, 3, 1e4], np.float32), facts)
+    expected = np.array([0, 1 / (1 + math.exp(2)), 0.5, 1 / (1 + math.exp(-3)), 1], np.float32)
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_pairs_without_a_score_are_counted_and_dropped(write_parquet: WriteParquet) -> None:

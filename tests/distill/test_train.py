@@ -27,7 +27,7 @@ from flipkd.data.folders import is_whole
 from flipkd.distill.config import LossOptions, TrainConfig
 from flipkd.distill.data import BatchOrder, read_training_pairs
 from flipkd.distill.gradients import Workers, backward_vectors
-from flipkd.distill.objective import Batch, batch_loss
+from flipkd.distill.objective import Batch, batch_loss, metrics_of_step
 from flipkd.distill.train import train
 from flipkd.errors import ConfigError, ModelError, OutputError
 from flipkd.models.adapter import WEIGHTS_FILE, load_student, new_student
@@ -363,6 +363,36 @@ def test_accumulated_batches_are_one_step(make_config: MakeConfig, tmp_path: Pat
         ends.append(weights(config))
     for name in ends[0]:
         torch.testing.assert_close(ends[1][name], ends[0][name], atol=1e-4, rtol=1e-3)
+
+
+def test_metrics_of_accumulated_batches_are_those_of_the_step(make_config: MakeConfig, tmp_path: Path) -> None:
+    """A mean over pairs is the mean of those of its halves; counts are added up."""
+    loss = LossOptions(weight_mcl=0, weight_matrix=0, weight_infonce=0)
+    whole = make_config(output=str(tmp_path / "whole"), steps=1, batch_pairs=16, loss=loss)
+    halves = make_config(output=str(tmp_path / "halves"), steps=1, batch_pairs=8, accumulate=2, loss=loss)
+    train(whole)
+    train(halves)
+    (one,), (two,) = lines(whole), lines(halves)
+    assert two["loss_pairs"] == pytest.approx(one["loss_pairs"], rel=1e-4)
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+    found = metrics_of_step([{"loss": 1.0, "score_positive": 0.5, "kept_positives": 3}] * 2)
+    assert found == {"loss": 1.0, "score_positive": 0.5, "kept_positives": 6}
+
+
+def test_pairs_without_a_label_are_learned_and_validated_beside_the_others(
+    make_config: MakeConfig, pairs_dir: Path, tmp_path: Path
+) -> None:
+    table = pq.read_table(pairs_dir)
+    labels = table["label"].to_numpy().astype(object)
+    labels[1::3] = None
+    place = table.column_names.index("label")
+    pq.write_table(table.set_column(place, "label", pa.array(labels, pa.int8())), tmp_path / "some.parquet")
+    loss = LossOptions(weight_lm=0.5)
+    config = make_config(
+        pairs=str(tmp_path / "some.parquet"), validation_fraction=0.3, student={"whole_tower": True}, loss=loss
+    )
+    assert {"auc", "answer_auc", "spearman"} <= train(config)["validation"].keys()
+    assert all(np.isfinite(line["loss"]) for line in lines(config) if "loss" in line)
 
 
 def test_training_stops_when_it_no_longer_helps(make_config: MakeConfig) -> None:
