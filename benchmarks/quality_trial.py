@@ -215,7 +215,7 @@ class Trial:
 
     def _untrained(self) -> Any:
         from flipkd.distill.gradients import Workers
-        from flipkd.distill.start import whiten_projection
+        from flipkd.distill.whitening import whiten_projection
         from flipkd.models.adapter import new_student
 
         student = new_student(self._student(), self._settings.device, self._seed)

@@ -10,7 +10,7 @@ import pytest
 from flipkd.config import SCORE_COLUMNS
 from flipkd.data.pairs import NOT_SCORED, REASONS
 from flipkd.data.teacher_scores import TEACHER_COLUMNS
-from flipkd.distill.data import read_training_pairs
+from flipkd.distill.training_pairs import read_training_pairs
 from flipkd.report.sample import STRATUM, STRATUM_ROWS, WEIGHT
 from flipkd.report.scan import NO_SCORE, NOT_FINITE
 from flipkd.run.plan_rescore import LLM_PROBABILITY, RESCORE_REASON

@@ -10,7 +10,7 @@ import click
 
 from flipkd.cli.options import F, common_options, print_values, run_options, set_up_logging, take_run
 from flipkd.distill.config import OBJECTIVES, LossOptions, TrainConfig
-from flipkd.models.options import LINEAR_LAYERS, POOLING_MODES, StudentOptions
+from flipkd.models.options import LINEAR_LAYERS, STUDENT_POOLINGS, StudentOptions
 
 _HELP = {
     "layer": "k: blocks 0..k-1 are run. Default: a quarter of the depth.",
@@ -60,7 +60,7 @@ _HELP = {
 _CHOICES = {
     "dtype": (("float32", "bf16"), "What the blocks compute in."),
     "projection": (("q", "k", "v"), "Whose A of layer k is read."),
-    "pooling": (tuple(POOLING_MODES), "Over a text's tokens."),
+    "pooling": (tuple(STUDENT_POOLINGS), "Over a text's tokens."),
     "attention": (("causal", "full"), "Of blocks that encode; full: a token sees those after it too."),
     "start": (("whitened", "random"), "Where A of layer k starts."),
     "objective": (OBJECTIVES, "What is minimised; all but flip are for comparison."),

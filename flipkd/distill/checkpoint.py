@@ -1,8 +1,8 @@
 """Checkpoints: everything that the next step depends on, published whole or not at all.
 
 A checkpoint holds LoRA's weights, AdamW's moments, and the step. The step is also the place in the data, the learning
-rate and the seed of dropout: these are functions of it (``flipkd.distill.data.BatchOrder``), so that no generator's
-state has to be kept, and an unbroken run and a resumed one take the same numbers whoever the workers are.
+rate and the seed of dropout: these are functions of it (``BatchOrder`` in ``flipkd.distill.training_pairs``), so no
+generator's state has to be kept, and an unbroken run and a resumed one take the same numbers whoever the workers are.
 """
 
 from __future__ import annotations

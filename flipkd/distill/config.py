@@ -104,7 +104,7 @@ class TrainConfig:
         warmup_fraction: of the steps with a linearly rising rate; then it falls along a cosine to 0.
         weight_decay: AdamW's.
         max_gradient_norm: gradients are scaled down to this norm.
-        start: where A of layer k starts: ``whitened`` (``flipkd.distill.start``), or ``random`` as LoRA does.
+        start: where A of layer k starts: ``whitened`` (``flipkd.distill.whitening``), or ``random`` as LoRA does.
         max_tokens: tokens in one pass through the blocks. A batch that has more is computed by gradient caching: the
             result is the same (but for dropout, which each pass has of its own), memory is that of one pass, and each
             text is run forward twice.

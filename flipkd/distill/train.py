@@ -22,16 +22,16 @@ import torch
 from flipkd.data.location import open_location
 from flipkd.distill.checkpoint import Progress, load_checkpoint, newest_checkpoint, save_checkpoint
 from flipkd.distill.config import TrainConfig
-from flipkd.distill.data import BatchOrder, TrainingPairs
 from flipkd.distill.facts import run_facts, summary
 from flipkd.distill.gradients import Workers, backward_vectors
 from flipkd.distill.language_model import backward_language_model
 from flipkd.distill.objective import Batch, batch_loss, check_objective, metrics_of_step
 from flipkd.distill.picture import draw_learning_curve
 from flipkd.distill.run_folder import CHECKPOINTS, RunFolder
-from flipkd.distill.start import whiten_projection
 from flipkd.distill.training_data import TrainingData, read_training_data, with_unlabelled
+from flipkd.distill.training_pairs import BatchOrder, TrainingPairs
 from flipkd.distill.validation import deciding_value, validate
+from flipkd.distill.whitening import whiten_projection
 from flipkd.errors import ConfigError, InputError, ModelError
 from flipkd.models.adapter import base_fingerprint, new_student
 from flipkd.models.llm_prompt import TRAINED_PROMPTS, pair_prompt

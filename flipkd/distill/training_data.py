@@ -9,7 +9,7 @@ import numpy as np
 
 from flipkd.data.teacher_scores import of_one_teacher
 from flipkd.distill.config import TrainConfig
-from flipkd.distill.data import TrainingPairs, hold_out, read_training_pairs
+from flipkd.distill.training_pairs import TrainingPairs, hold_out, read_training_pairs
 from flipkd.errors import ConfigError, InputError
 from flipkd.run.units import fingerprint
 

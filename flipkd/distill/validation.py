@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from flipkd.distill.data import TrainingPairs
 from flipkd.distill.language_model import answer_log_odds
+from flipkd.distill.training_pairs import TrainingPairs
 from flipkd.models.llm_prompt import PairPrompt
 from flipkd.models.student import Student
 

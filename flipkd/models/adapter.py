@@ -105,7 +105,7 @@ def load_student(
     return student
 
 
-def load_decoder(
+def load_merged(
     folder: str | Path,
     base: str | None = None,
     dtype: torch.dtype = torch.float32,

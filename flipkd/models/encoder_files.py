@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flipkd.errors import ModelError
-from flipkd.models.options import POOLING_MODES
+from flipkd.models.options import STUDENT_POOLINGS
 from flipkd.models.student import Student, cut_config
 
 # The release whose formats these are: sentence-transformers warns if it is older than the release named here.
@@ -108,7 +108,7 @@ def write_modules(student: Student, folder: Path) -> None:
         folder / "1_Pooling" / "config.json",
         {
             "embedding_dimension": width,
-            "pooling_mode": POOLING_MODES[student.options.pooling],
+            "pooling_mode": STUDENT_POOLINGS[student.options.pooling],
             "include_prompt": True,
         },
     )

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flipkd.models.adapter import load_decoder
+from flipkd.models.adapter import load_merged
 from flipkd.models.backbone import load_pretrained
 from flipkd.models.device import check_options, find_device
 from flipkd.models.llm import LlmFolder
@@ -88,7 +88,7 @@ def load_torch_engine(folder: LlmFolder, options: LlmOptions, prompt: PairPrompt
 
     def load(dtype: torch.dtype) -> Any:
         if folder.adapter is not None:
-            return load_decoder(folder.adapter, str(folder.base), dtype, options.trust_remote_code)[0].to(device)
+            return load_merged(folder.adapter, str(folder.base), dtype, options.trust_remote_code)[0].to(device)
         settings = _DecoderFolder(folder.base, model_settings={}, tokenizer_settings={}, config_settings={})
         return load_pretrained(settings, dtype, options.trust_remote_code, "AutoModelForCausalLM").to(device).eval()
 

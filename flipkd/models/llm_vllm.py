@@ -19,7 +19,7 @@ from flipkd.errors import ConfigError, ModelError
 from flipkd.models.llm import LlmFolder
 from flipkd.models.llm_options import LlmOptions
 from flipkd.models.llm_prompt import PromptedPairs, PromptTokenizer
-from flipkd.models.watched import call_while_alive
+from flipkd.models.processes import call_while_alive
 
 _DTYPES = {"float32": "float32", "bf16": "bfloat16"}
 # The ranks that vLLM has kernels for.

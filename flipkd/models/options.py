@@ -10,11 +10,11 @@ from flipkd.errors import ConfigError
 
 PROMPT_VERSIONS = (1, 2)
 # As sentence-transformers and ``flipkd.models.pooling`` call them.
-POOLING_MODES = {"mean": "mean", "last": "lasttoken", "weighted": "weightedmean"}
+STUDENT_POOLINGS = {"mean": "mean", "last": "lasttoken", "weighted": "weightedmean"}
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _KNOWN = {
     "projection": ("q", "k", "v"),
-    "pooling": tuple(POOLING_MODES),
+    "pooling": tuple(STUDENT_POOLINGS),
     "attention": ("causal", "full"),
     "dtype": ("float32", "bf16"),
 }

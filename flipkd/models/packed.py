@@ -23,7 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from flipkd.kernels.encoder_ops import Texts
 from flipkd.kernels.packed_attention import packed_attention, runs, takes_flash
-from flipkd.models.options import POOLING_MODES
+from flipkd.models.options import STUDENT_POOLINGS
 from flipkd.models.pooling import pool_packed
 
 ATTENTION = "flipkd_packed"
@@ -85,7 +85,7 @@ def pool_texts(states: Tensor, packed: PackedTexts, pooling: str) -> Tensor:
     without = len(packed.order) - sum(count for count, _ in packed.groups)
     pooled = [states.new_zeros(without, states.shape[-1]).float()]
     if packed.groups:
-        pooled.append(pool_packed(states[0], packed.texts, (POOLING_MODES[pooling],)))
+        pooled.append(pool_packed(states[0], packed.texts, (STUDENT_POOLINGS[pooling],)))
     return torch.cat(pooled)[packed.order.argsort()]
 
 

@@ -25,10 +25,10 @@ from sklearn.metrics import roc_auc_score
 from flipkd.cli import main
 from flipkd.data.folders import is_whole
 from flipkd.distill.config import LossOptions, TrainConfig
-from flipkd.distill.data import BatchOrder, read_training_pairs
 from flipkd.distill.gradients import Workers, backward_vectors
 from flipkd.distill.objective import Batch, batch_loss, metrics_of_step
 from flipkd.distill.train import train
+from flipkd.distill.training_pairs import BatchOrder, read_training_pairs
 from flipkd.errors import ConfigError, ModelError, OutputError
 from flipkd.models.adapter import WEIGHTS_FILE, load_student, new_student
 from flipkd.models.llm import load_llm

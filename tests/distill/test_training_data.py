@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from flipkd.config import EncoderOptions, TeachConfig
 from flipkd.data.teacher_scores import TeacherFacts
 from flipkd.distill.config import LossOptions, TrainConfig
-from flipkd.distill.data import TrainingPairs, read_training_pairs
 from flipkd.distill.facts import run_facts
 from flipkd.distill.train import train
 from flipkd.distill.training_data import read_training_data, with_unlabelled
+from flipkd.distill.training_pairs import TrainingPairs, read_training_pairs
 from flipkd.errors import ConfigError, InputError
 from flipkd.run.teach import teach
 from tests.distill.conftest import MakeConfig

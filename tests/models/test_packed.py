@@ -15,7 +15,7 @@ from torch.nn.functional import linear, normalize
 from flipkd.errors import ConfigError
 from flipkd.kernels.encoder_ops import Texts
 from flipkd.models.adapter import FAMILIES, new_student, save_student
-from flipkd.models.options import POOLING_MODES, StudentOptions
+from flipkd.models.options import STUDENT_POOLINGS, StudentOptions
 from flipkd.models.packed import attention_for_transformers, pack, pool_texts
 from flipkd.models.pooling import pool_packed, pool_segments
 from flipkd.models.student import Student
@@ -183,7 +183,7 @@ def test_pooling_in_one_go_is_pooling_by_length(pooling: str) -> None:
     packed = pack([[1] * length for length in (5, 2, 9, 2, 0, 1)])
     states = torch.randn(1, 19, 8, generator=generator, requires_grad=True)
     expected = pool_texts(states, packed, pooling)[packed.order[1:]]
-    found = pool_segments(states[0], packed.texts, POOLING_MODES[pooling])
+    found = pool_segments(states[0], packed.texts, STUDENT_POOLINGS[pooling])
     torch.testing.assert_close(found, expected)
     weights = torch.randn(5, 8, generator=generator)
     for rows in (expected, found):

@@ -29,7 +29,7 @@ from flipkd.data.template import template_fields
 from flipkd.distill.config import LossOptions, TrainConfig
 from flipkd.distill.train import train
 from flipkd.errors import ConfigError, ModelError
-from flipkd.models.adapter import STUDENT_FILE, load_decoder, load_student, new_student, save_student
+from flipkd.models.adapter import STUDENT_FILE, load_merged, load_student, new_student, save_student
 from flipkd.models.cross_encoder import load_cross_encoder
 from flipkd.models.encoder import load_encoder
 from flipkd.models.llm import read_llm
@@ -200,7 +200,7 @@ def test_an_adapter_cannot_allow_the_code_of_its_base(adapter: Path, base: Path,
     (adapter / STUDENT_FILE).write_text(json.dumps(facts))
     for load in (
         lambda: load_student(adapter),
-        lambda: load_decoder(adapter),
+        lambda: load_merged(adapter),
         lambda: read_llm(LlmOptions(str(adapter.parent))),
     ):
         with pytest.raises(ModelError, match="auto_map asks for Python code"):
@@ -218,7 +218,7 @@ def test_an_adapter_of_pickles_is_refused(adapter: Path, mark: Path) -> None:
     (adapter / "adapter_model.safetensors").unlink()
     for load in (
         lambda: load_student(adapter),
-        lambda: load_decoder(adapter),
+        lambda: load_merged(adapter),
         lambda: read_llm(LlmOptions(str(adapter))),
     ):
         with pytest.raises(ModelError, match=r"adapter_model\.safetensors|holds no whole student"):

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from flipkd.distill.gradients import Workers
-from flipkd.distill.start import whiten_projection
+from flipkd.distill.whitening import whiten_projection
 from flipkd.models.adapter import new_student
 from flipkd.models.options import StudentOptions
 

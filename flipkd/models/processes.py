@@ -34,7 +34,7 @@ def call_while_alive(function: Callable[[], T], processes: Sequence[BaseProcess]
         except BaseException as error:
             future.set_exception(error)
 
-    Thread(target=run, name="flipkd-watched", daemon=True).start()
+    Thread(target=run, name="flipkd-waiting", daemon=True).start()
     while True:
         were_alive = all(process.is_alive() for process in processes)
         try:

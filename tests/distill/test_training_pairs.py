@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flipkd.data.teacher_scores import TeacherFacts
-from flipkd.distill.data import BatchOrder, TrainingPairs, _similarities, hold_out, read_training_pairs
+from flipkd.distill.training_pairs import BatchOrder, TrainingPairs, _similarities, hold_out, read_training_pairs
 from flipkd.errors import ConfigError, InputError
 
 WriteParquet = Callable[..., Path]

@@ -10,7 +10,7 @@ from multiprocessing.context import SpawnProcess
 
 import pytest
 
-from flipkd.models.watched import call_while_alive
+from flipkd.models.processes import call_while_alive
 
 
 def echo(pipe: Connection) -> None:
