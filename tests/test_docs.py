@@ -83,6 +83,39 @@ def test_customers_are_matched(walked: Walked) -> None:
     assert pq.read_table(folder / "scores")["reason"].null_count == 100
 
 
+def _code(word: str) -> str:
+    """The Python block that holds the word."""
+    return next(block.text for block in blocks(DOC) if block.language == "python" and word in block.text)
+
+
+def test_labels_come_back_by_the_ids(walked: Walked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, names, _ = walked
+    expected = pq.read_table(folder / "labelled.parquet")
+    monkeypatch.chdir(tmp_path)
+    put_back = _code("label_of = ")
+
+    head, *lines = (folder / "labelled.csv").read_text().splitlines()
+    Path("labelled.csv").write_text("\n".join([head, *sorted(lines, key=lambda line: line[::-1])][:-3]))
+    exec(put_back, dict(names))
+    found = pq.read_table("labelled.parquet")
+    assert found.drop_columns(["label"]).equals(expected.drop_columns(["label"]))
+    assert found["label"].null_count == 3  # the rows that were dropped
+    pairs = zip(found["label"].to_pylist(), expected["label"].to_pylist(), strict=True)
+    assert all(label in (None, before) for label, before in pairs)
+
+    Path("labelled.csv").write_text("\n".join([head, *lines]).replace('"01', '"1'))
+    with pytest.raises(ValueError, match="changed the ids"):
+        exec(put_back, dict(names))
+
+
+def test_csv_files_of_all_kinds_are_read(walked: Walked, tmp_path: Path) -> None:
+    _, names, _ = walked
+    path = tmp_path / "odd.csv"
+    path.write_bytes('code;more;text\n001.0;x;"Caf\xe9\nnoir"\nNA;y;null\n;z;\n'.encode("latin-1"))
+    found = names["read"](path, {"text": pa.string(), "code": pa.string()}, delimiter=";", encoding="latin-1")
+    assert found.to_pydict() == {"text": ["Caf\xe9\nnoir", "null", None], "code": ["001.0", "NA", None]}
+
+
 def test_nights_are_released_but_for_the_one_with_half_its_pairs(walked: Walked) -> None:
     folder, _, _ = walked
     nights = folder / "nights"
