@@ -1,10 +1,18 @@
-"""A table's columns as numbers, and rows of it taken by their places, whatever the columns' types."""
+"""A table's columns: their names, their values as numbers, and rows taken by their places, whatever their types."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+
+
+def first_clash(names: Iterable[str], made: Iterable[str]) -> str | None:
+    """The first of ``names`` that is one of ``made``, upper or lower case: DuckDB and Spark take the two for one."""
+    folded = {name.casefold() for name in made}
+    return next((name for name in names if name.casefold() in folded), None)
 
 
 def as_numbers(column: pa.ChunkedArray) -> npt.NDArray[np.float64]:

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from flipkd.data.columns import take_rows
+from flipkd.data.columns import first_clash, take_rows
 from flipkd.data.commit import ShardWriter
 from flipkd.data.find import Shard
 from flipkd.data.json_files import parse_object
@@ -143,12 +143,12 @@ def check_sample_columns(scores: Location, shards: Sequence[Shard], label_column
         ConfigError: names one.
     """
     names = column_names(scores, shards)
-    clash = [name for name in (label_column, STRATUM, STRATUM_ROWS, WEIGHT) if name in names]
-    if clash:
+    clash = first_clash(names, (label_column, STRATUM, STRATUM_ROWS, WEIGHT))
+    if clash is not None:
         raise ConfigError(
-            f"the scores have a column {clash[0]!r} already; name another with --label-column"
-            if clash[0] == label_column
-            else f"the scores have a column {clash[0]!r}, which the sample adds; rename it"
+            f"the scores have a column {clash!r} already; name another with --label-column"
+            if clash.casefold() == label_column.casefold()
+            else f"the scores have a column {clash!r}, which the sample adds; rename it"
         )
 
 

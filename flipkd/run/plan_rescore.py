@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 import pyarrow as pa
 
+from flipkd.data.columns import first_clash
 from flipkd.data.commit import read_json
 from flipkd.data.find import Shard, find_shards
 from flipkd.data.labels import read_labels
@@ -199,9 +200,9 @@ def _check_shard(
 ) -> tuple[bool, bool]:
     """Whether the shard has columns ``probability`` and ``match``."""
     names = reader.schema.names
-    for name in _ADDED:
-        if name in names:
-            raise ConfigError(f"{source} has a column {name!r} already, which rescore adds; rename or drop it")
+    clash = first_clash(names, _ADDED if "probability" in names else ("probability", *_ADDED))
+    if clash is not None:
+        raise ConfigError(f"{source} has a column {clash!r} already, which rescore adds; rename or drop it")
     known = {*names, *dict(shard.partitions)}
     absent = [name for name in config.pair_columns if name not in known]
     if absent:

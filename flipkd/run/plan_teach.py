@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from flipkd.config import DEFAULT_LABEL_COLUMN, TeachConfig
+from flipkd.data.columns import first_clash
 from flipkd.data.find import Shard, find_shards
 from flipkd.data.labels import read_labels
 from flipkd.data.location import Location, open_location
@@ -140,9 +141,9 @@ def _check_shard(
     added = [*TEACHER_COLUMNS, JOIN_REASON]
     if kinds:
         added += [config.left_text, config.right_text]
-    for name in added:
-        if name in reader.schema.names:
-            raise ConfigError(f"{source} has a column {name!r} already, which teach adds; rename or drop it")
+    clash = first_clash(reader.schema.names, added)
+    if clash is not None:
+        raise ConfigError(f"{source} has a column {clash!r} already, which teach adds; rename or drop it")
     for place, column in enumerate(config.pair_columns):
         kind = reader.column_type(column)
         if kinds:

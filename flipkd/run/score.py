@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from flipkd.config import SCORE_COLUMNS
 from flipkd.data.calibration import Calibration, kernel_arguments, probabilities
-from flipkd.data.columns import take_rows
+from flipkd.data.columns import first_clash, take_rows
 from flipkd.data.location import Location
 from flipkd.data.pairs import PairRows, resolve_ids, resolve_texts
 from flipkd.data.shards import ShardReader
@@ -74,7 +74,7 @@ def output_columns(task: ScoreTask, input_names: Sequence[str], folder_names: Se
 
     Raises:
         ConfigError: a score column is asked for that the options do not give, or an input column has the name of
-            one, asked for or not.
+            one, in upper or lower case; where all columns are written, of one that the options do not give, too.
     """
     made = ["score"]
     if task.calibration is not None:
@@ -82,16 +82,21 @@ def output_columns(task: ScoreTask, input_names: Sequence[str], folder_names: Se
     if task.threshold is not None:
         made.append("match")
     made += ["reason", "truncated"]
-    clash = [name for name in folder_names if name in made and (task.columns is None or name in task.columns)]
-    if clash:
-        raise ColumnError(f"a folder of the pairs, {clash[0]}=..., has the name of a column of the output; rename it")
+    written = [name for name in made if task.columns is None or name in task.columns]
+    clash = first_clash(folder_names, written)
+    if clash is not None:
+        raise ColumnError(f"a folder of the pairs, {clash}=..., has the name of a column of the output; rename it")
     if task.columns is None:
-        clash = [name for name in SCORE_COLUMNS if name in input_names]
-        if clash:
+        known = [name for name in SCORE_COLUMNS if name in input_names]
+        clash = known[0] if known else first_clash(input_names, made)
+        if clash is not None:
             raise ColumnError(
-                f"the pairs have a column {clash[0]!r} already; rename it, or name the columns to write with --columns"
+                f"the pairs have a column {clash!r} already; rename it, or name the columns to write with --columns"
             )
         return [*input_names, *made]
+    clash = first_clash([name for name in task.columns if name not in SCORE_COLUMNS], written)
+    if clash is not None:
+        raise ColumnError(f"--columns names {clash!r} and {clash.lower()!r}, one name to many programs; drop one")
     for name in task.columns:
         if name in SCORE_COLUMNS and name not in made:
             option = "--calibration" if name == "probability" else "--threshold"

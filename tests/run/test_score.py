@@ -593,6 +593,22 @@ def test_an_input_column_named_score_is_not_overwritten(world: World, tmp_path: 
     assert read_scores(tmp_path / "named").column("score").to_pylist() != [0.5]
 
 
+def test_nor_is_one_written_beside_it_whose_name_differs_in_case_alone(world: World, tmp_path: Path) -> None:
+    """DuckDB and Spark read the input's ``Score`` where ``score`` is asked for."""
+    (tmp_path / "pairs/REASON=1").mkdir(parents=True)
+    pq.write_table(pair_table([(1, 2)], Score=[0.5], Match=[True]), tmp_path / "pairs/REASON=1/a.parquet")
+    pairs = tmp_path / "pairs/REASON=1/a.parquet"
+    with pytest.raises(ConfigError, match="the pairs have a column 'Score' already"):
+        score(config(world, pairs, tmp_path / "out"))
+    with pytest.raises(ConfigError, match="--columns names 'Score' and 'score'"):
+        score(config(world, pairs, tmp_path / "out", columns=("Score", "score")))
+    with pytest.raises(ConfigError, match=r"a folder of the pairs, REASON=\.\.\., has the name"):
+        score(config(world, tmp_path / "pairs", tmp_path / "out", columns=("score", "reason")))
+    # What stands beside no other column is the caller's own.
+    score(config(world, pairs, tmp_path / "named", columns=("Score", "Match", "reason")))
+    assert read_scores(tmp_path / "named").column("Score").to_pylist() == [0.5]
+
+
 def test_ids_of_another_kind_and_a_missing_store_are_refused(world: World, tmp_path: Path) -> None:
     (tmp_path / "pairs").mkdir()
     pq.write_table(pa.table({"left_id": ["a"], "right_id": ["b"]}), tmp_path / "pairs/a.parquet")
