@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import posixpath
 import re
@@ -31,6 +32,7 @@ TEMPORARY_SUFFIX = ".tmp"
 TEMPORARY_NAME = re.compile(rf"\.(?P<target>.+)\.[0-9a-f]{{32}}{re.escape(TEMPORARY_SUFFIX)}")
 _MOST_DELTA_BITS = 40
 _UPLOAD_BYTES = 8 << 20
+_DICTIONARY_BYTES = 8 << 20
 
 
 class ShardWriter:
@@ -172,30 +174,41 @@ def sync(path: str) -> None:
         os.close(descriptor)
 
 
-def write_options(first: pa.Table) -> dict[str, Any]:
+def write_options(first: pa.Table, widths: Mapping[str, float] | None = None) -> dict[str, Any]:
     """How scores are written: chosen by measurement for speed at a sane size.
 
     Integers as differences (delta encoding) where they span less than 40 bits: record ids do not repeat enough for a
     dictionary, and wider ones do not shrink. Scores hardly compress at all. Statistics would put ids into footers.
+    Another column has a dictionary where one shrinks it in the input, so that it does not grow on its way through.
 
     Args:
         first: the first rows of the file.
+        widths: of columns of the input that have a dictionary, see ``ShardReader.dictionary_widths``.
     """
-    encodings, codecs, words = {}, {}, []
-    for field in first.schema:
+    widths = widths or {}
+    encodings, codecs, words, kept = {}, {}, [], []
+    nested = [field.name for field in first.schema if pa.types.is_nested(field.type)]
+    for field, column in zip(first.schema, first.columns, strict=True):
         codecs[field.name] = "lz4"
-        if pa.types.is_floating(field.type):
-            codecs[field.name] = "none"
-        elif pa.types.is_integer(field.type) and _bits(first.column(field.name)) < _MOST_DELTA_BITS:
-            encodings[field.name] = "DELTA_BINARY_PACKED"
-        elif field.name == "reason" or pa.types.is_dictionary(field.type) or pa.types.is_boolean(field.type):
+        # A column `a.b` has the name of the `b` in a column `a`, whose type may know no such encoding.
+        is_unclear = any(field.name.startswith(f"{name}.") for name in nested)
+        if field.name == "reason" or pa.types.is_dictionary(field.type) or pa.types.is_boolean(field.type):
             words.append(field.name)
-    nested = any(pa.types.is_nested(field.type) for field in first.schema)
+        elif pa.types.is_integer(field.type):
+            if _bits(column) < _MOST_DELTA_BITS and not is_unclear:
+                encodings[field.name] = "DELTA_BINARY_PACKED"
+        elif 2 * widths.get(field.name, math.inf) <= column.nbytes / max(len(column), 1):
+            kept.append(field.name)
+        elif pa.types.is_floating(field.type):
+            codecs[field.name] = "none"
+    kept += [path for path in widths if any(path.startswith(f"{name}.") for name in nested)]
     return {
         "compression": "lz4" if nested else codecs,
-        "use_dictionary": words or False,
+        "use_dictionary": words + kept or False,
         "column_encoding": encodings or None,
         "write_statistics": False,
+        # A row group of ours may hold several of the input, each with a dictionary of its own.
+        **({"dictionary_pagesize_limit": _DICTIONARY_BYTES} if kept else {}),
     }
 
 

@@ -124,6 +124,7 @@ class JoinWorker:
 
             return write_scored(
                 unit,
+                reader,
                 unit.read(reader, columns, TEXT_BATCH_ROWS),
                 joined,
                 output=task.output,

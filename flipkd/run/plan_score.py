@@ -141,7 +141,8 @@ def plan_score(config: ScoreConfig) -> ScorePlan:
         min_score=config.min_score,
     )
     schemas: dict[str, pa.Schema] = {}
-    check = partial(_check_pairs, task, (id_kinds[0], id_kinds[-1]) if id_kinds else None, schemas)
+    passed_bytes: dict[str, int] = {}
+    check = partial(_check_pairs, task, (id_kinds[0], id_kinds[-1]) if id_kinds else None, schemas, passed_bytes)
     skip = config.run.on_bad_shard == "skip"
     plan = plan_units(pairs, shards, config.rows_per_unit, run_fingerprint, skip_bad_shards=skip, check=check)
     if config.is_inline or config.top_k is not None:
@@ -156,7 +157,7 @@ def plan_score(config: ScoreConfig) -> ScorePlan:
         run=config.run,
         unit_name="pairs",
         uses_model=False,
-        output_bytes=_output_bytes(config, plan),
+        output_bytes=_output_bytes(config, plan, passed_bytes),
         about={
             "columns": list(config.columns) if config.columns else None,
             "threshold": config.threshold,
@@ -269,7 +270,12 @@ def _work_root(config: ScoreConfig) -> Location:
 
 
 def _check_pairs(
-    task: ScoreTask, id_kinds: tuple[str, str] | None, schemas: dict[str, pa.Schema], shard: Shard, reader: ShardReader
+    task: ScoreTask,
+    id_kinds: tuple[str, str] | None,
+    schemas: dict[str, pa.Schema],
+    passed_bytes: dict[str, int],
+    shard: Shard,
+    reader: ShardReader,
 ) -> None:
     """Looks at the schema of one file of pairs, so that what cannot be used fails before any work.
 
@@ -277,6 +283,7 @@ def _check_pairs(
         task: of the job.
         id_kinds: how the ids of the left and the right records are compared; None for texts.
         schemas: by name; this one is added.
+        passed_bytes: by name, bytes of the columns that are passed on; likewise.
         shard: the file.
         reader: of it.
 
@@ -293,10 +300,10 @@ def _check_pairs(
     passed = [name for name in output_columns(task, reader.schema.names, folders) if name not in SCORE_COLUMNS]
     reader.check_columns(passed, f"--columns also knows {', '.join(SCORE_COLUMNS)}")
     schemas[shard.name] = reader.schema
+    passed_bytes[shard.name] = reader.stored_bytes(passed)
 
 
-def _output_bytes(config: ScoreConfig, plan: Plan) -> int:
+def _output_bytes(config: ScoreConfig, plan: Plan, passed_bytes: Mapping[str, int]) -> int:
     if config.min_score is not None or config.top_k is not None:
         return 0  # how many pairs survive is not known beforehand
-    passes = config.columns is None or any(name in config.pair_columns for name in config.columns)
-    return 5 * plan.rows + (plan.bytes_in if passes else 0)
+    return 5 * plan.rows + sum(passed_bytes.values())

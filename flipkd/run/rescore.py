@@ -93,6 +93,7 @@ class RescoreWorker:
 
             return write_scored(
                 unit,
+                reader,
                 iter([whole]),
                 scored,
                 output=task.output,

@@ -128,6 +128,7 @@ class ScoreWorker:
 
             return write_scored(
                 unit,
+                reader,
                 unit.read(reader, columns, batch_rows),
                 scored,
                 output=task.output,

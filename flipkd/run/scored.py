@@ -16,6 +16,7 @@ import pyarrow as pa
 from flipkd.data.commit import ShardWriter, write_options
 from flipkd.data.location import Location
 from flipkd.data.pairs import REASONS
+from flipkd.data.shards import ShardReader
 from flipkd.run.manifest import UnitReport
 from flipkd.run.units import WorkUnit
 
@@ -55,6 +56,7 @@ class StageClock:
 
 def write_scored(
     unit: WorkUnit,
+    reader: ShardReader,
     batches: Iterator[pa.Table],
     score: Callable[[pa.Table, StageClock], ScoredBatch],
     *,
@@ -68,6 +70,7 @@ def write_scored(
 
     Args:
         unit: the unit.
+        reader: of its file.
         batches: its rows, at least one table.
         score: from a batch to what is written of it.
         output: the output folder.
@@ -85,9 +88,9 @@ def write_scored(
         while (table := clock.timed("read", next, batches, None)) is not None:
             scored = score(table, clock)
             if writer is None:
-                shard = ShardWriter(
-                    output, unit.output, scored.table.schema, dict(metadata or {}), write_options(scored.table)
-                )
+                options = write_options(scored.table, reader.dictionary_widths(unit.row_groups))
+                schema = _with_whole_table(scored.table.schema, reader)
+                shard = ShardWriter(output, unit.output, schema, dict(metadata or {}), options)
                 writer = stack.enter_context(shard)
             clock.timed("write", writer.write, scored.table)
             rows_in += table.num_rows
@@ -103,6 +106,16 @@ def write_scored(
         writer.add_metadata(report.footer(kind, run_fingerprint, unit.fingerprint))
         clock.timed("write", writer.commit)
     return report
+
+
+def _with_whole_table(schema: pa.Schema, reader: ShardReader) -> pa.Schema:
+    """The schema with what the input tells of its columns (pandas' types and index, GeoParquet), where all are written.
+
+    Spark's and other keys stay behind: their readers would not see the new columns.
+    """
+    is_whole = set(reader.schema.names) <= set(schema.names)
+    kept = {key: value for key, value in reader.metadata.items() if is_whole and key in ("pandas", "geo")}
+    return schema.with_metadata(kept) if kept else schema
 
 
 def reason_column(codes: npt.NDArray[np.uint8] | None, rows: int) -> pa.Array:

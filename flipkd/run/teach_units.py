@@ -140,6 +140,7 @@ def _teach(task: TeachTask, unit: WorkUnit, teacher: Teacher, *, by_unit: bool) 
 
         return write_scored(
             unit,
+            reader,
             batches,
             scored,
             output=task.output,
