@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from flipkd.checks import check_cache, check_cosine, check_positive, check_probability
+from flipkd.checks import check_cache, check_cosine, check_positive, check_probability, check_types
 from flipkd.errors import ConfigError
 from flipkd.models.device import DEVICES
 from flipkd.record_sides import RecordSides, check_one_way, text_template
@@ -59,6 +59,7 @@ class RunOptions:
     metrics_file: str | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("workers", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -99,6 +100,7 @@ class EncoderOptions:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.dtype not in VECTOR_DTYPES:
             raise ConfigError(f"--encoder-dtype must be one of {', '.join(VECTOR_DTYPES)}, not {self.dtype!r}")
         if self.device not in DEVICES:
@@ -140,6 +142,7 @@ class EncodeConfig:
     run: RunOptions = field(default_factory=RunOptions)
 
     def __post_init__(self) -> None:
+        check_types(self)
         _check_dtype(self.dtype)
         check_one_way(self.template, self.text_column)
         check_positive("rows-per-unit", self.rows_per_unit)
@@ -206,6 +209,7 @@ class ScoreConfig(RecordSides):
     right_template: str | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
         _check_dtype(self.dtype)
         check_positive("rows-per-unit", self.rows_per_unit)
         check_cache(self.cache, self.cache_limit_bytes)
@@ -287,6 +291,7 @@ class TeachConfig(RecordSides):
     right_template: str | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_positive("rows-per-unit", self.rows_per_unit)
         check_cache(self.cache, self.cache_limit_bytes)
         self.check_record_sides(self.right_records is not None)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from flipkd.checks import check_types
 from flipkd.config import RunOptions
 from flipkd.errors import ConfigError
 from flipkd.models.options import StudentOptions
@@ -59,6 +60,7 @@ class LossOptions:
     negative_threshold: float = 0.9
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.objective not in OBJECTIVES:
             raise ConfigError(f"--objective must be one of {', '.join(OBJECTIVES)}, not {self.objective!r}")
         weights = ("weight_mcl", "weight_pairs", "weight_matrix", "weight_infonce", "weight_lm")
@@ -150,6 +152,7 @@ class TrainConfig:
     run: RunOptions = field(default_factory=RunOptions)
 
     def __post_init__(self) -> None:
+        check_types(self)
         counts = ("steps", "batch_pairs", "unlabelled_batch_pairs", "accumulate", "max_tokens", "evaluate_every")
         for name in (*counts, "checkpoint_every", "keep_checkpoints", "log_every"):
             if getattr(self, name) < 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from flipkd.checks import check_types
 from flipkd.errors import ConfigError
 from flipkd.models.device import DEVICES
 
@@ -42,6 +43,7 @@ class LlmOptions:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.engine not in ("torch", "vllm"):
             raise ConfigError(f"--engine must be torch or vllm, not {self.engine!r}")
         if self.dtype not in ("float32", "bf16"):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from flipkd.checks import check_types
 from flipkd.errors import ConfigError
 
 PROMPT_VERSIONS = (1, 2)
@@ -63,6 +64,7 @@ class StudentOptions:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("dimension", "rank", "max_length"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")

@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from flipkd.checks import WORDS
 from flipkd.errors import ConfigError
 
 T = TypeVar("T")
 Given = Mapping[type, Mapping[str, Any]]
-
-_WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
 def build(cls: type[T], values: Any, where: str, given: Given) -> T:
@@ -96,4 +95,4 @@ def _plain(kind: type, value: Any, where: str) -> Any:
     if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         return value
     hint = "; put it into quotes" if kind is str and value is not None and not isinstance(value, list | Mapping) else ""
-    raise ConfigError(f"{where}: must be {_WORDS[kind]}, not {value!r}{hint}")
+    raise ConfigError(f"{where}: must be {WORDS[kind]}, not {value!r}{hint}")

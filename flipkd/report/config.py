@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from flipkd.checks import check_types
 from flipkd.config import DEFAULT_LABEL_COLUMN
 from flipkd.errors import ConfigError
 
@@ -52,6 +53,7 @@ class EvaluateConfig:
     progress: bool = False
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.precision is not None and not 0 < self.precision <= 1:
             raise ConfigError(f"--precision must be above 0 and at most 1, not {self.precision}")
         if self.cost_ratio is not None and not 0 < self.cost_ratio < float("inf"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-from flipkd.checks import check_positive, check_probability
+from flipkd.checks import check_positive, check_probability, check_types
 from flipkd.config import RunOptions
 from flipkd.errors import ConfigError
 from flipkd.models.llm_options import LlmOptions
@@ -60,9 +60,12 @@ class RescoreConfig(RecordSides):
     right_template: str | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_positive("rows-per-unit", self.rows_per_unit)
         if (self.band is None) == (self.budget is None):
             raise ConfigError("say which pairs the LLM is asked: either --band LOW:HIGH or --budget 1%")
+        if self.band is not None and len(self.band) != 2:
+            raise ConfigError("--band must be two numbers, the lowest and the highest")
         if self.band is not None and not self.band[0] <= self.band[1]:
             raise ConfigError(f"--band {self.band[0]}:{self.band[1]}: the first number must not be above the second")
         if self.band is not None and (self.band[1] < -1 or self.band[0] > 1):
