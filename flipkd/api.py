@@ -34,7 +34,7 @@ def score_pairs(
 
     Raises:
         IndexError: a row is not there; names the place of the pair.
-        ValueError: the two tables differ in type or dimension.
+        ValueError: the two tables differ in type or dimension; or plain numbers are not [rows, dim], or not finite.
     """
     rows = _rows(vectors)
     others = rows if right_vectors is None else _rows(right_vectors)
@@ -45,12 +45,16 @@ def _rows(vectors: VectorRows | npt.ArrayLike) -> VectorRows:
     if isinstance(vectors, VectorRows):
         return vectors
     plain = np.asarray(vectors, np.float32)
-    lengths = np.linalg.norm(plain, axis=-1, keepdims=True)
-    return quantise(plain / np.maximum(lengths, np.finfo(np.float32).tiny), "float32")
+    # The square of a float32 may leave its range, not that of a float64.
+    lengths = np.sqrt(np.einsum("...d,...d->...", plain, plain, dtype=np.float64))[..., np.newaxis]
+    lengths[lengths == 0] = 1
+    return quantise((plain / lengths).astype(np.float32), "float32")
 
 
 def _indices(values: npt.ArrayLike) -> npt.NDArray[Any]:
     array = np.asarray(values)
     if array.size and not np.issubdtype(array.dtype, np.integer):
         raise ValueError(f"rows must be integers, not {array.dtype}")
+    if array.dtype == np.uint64:  # no table has so many rows: what int64 cannot hold must not become -1
+        array = np.minimum(array, np.uint64(np.iinfo(np.int64).max))
     return np.ascontiguousarray(array, np.int64)

@@ -22,7 +22,7 @@ from flipkd.models.folder import read_folder
 from flipkd.models.parallel import finite_rows, loaded_at_first_use, not_finite, run_batches
 from flipkd.models.progress import tell
 from flipkd.models.tokenizer import load_tokenizer, longest_input, text_tokenizer
-from flipkd.models.tokens import TextTokenizer, TokenizedTexts, distinct_of
+from flipkd.models.tokens import TextTokenizer, TokenizedTexts, distinct_of, listed_texts
 from flipkd.models.trust import check_code
 from flipkd.models.vector_size import output_width
 from flipkd.vectors.rows import STORAGE, VectorRows, quantise
@@ -120,6 +120,7 @@ class Encoder:
 
         Raises:
             ConfigError: ``max_tokens`` is not positive.
+            TypeError: an item is no string; names its place.
             ModelError: the model gives numbers that are not finite, in float32 too; names the places of the texts.
         """
         if normalize and self._row_model is not None:
@@ -159,6 +160,7 @@ class Encoder:
         are_finite: Callable[[np.ndarray], np.ndarray],
     ) -> EncodedTexts:
         """What ``model`` makes of the texts, [N, dim] of numpy type ``kind``."""
+        texts = listed_texts(texts)
         if max_tokens is None:
             max_tokens = MAX_TOKENS[self.device.type]
         if max_tokens < 1:

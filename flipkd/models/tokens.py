@@ -13,7 +13,7 @@ import sys
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -240,6 +240,25 @@ def _end_to_end(ids: Sequence[Sequence[int]]) -> tuple[NDArray[np.int32], NDArra
     """All ids, int32 [T], and how many each text has, int64 [N]."""
     lengths = np.fromiter(map(len, ids), np.int64, len(ids))
     return np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum())), lengths
+
+
+def listed_texts(texts: Any) -> Sequence[str]:
+    """The texts, as they are; of an Arrow array, or of what has no length, as a list.
+
+    Raises:
+        TypeError: they are one string, or an item is no string; names its place.
+    """
+    if isinstance(texts, str):
+        raise TypeError("texts must be a list of strings, not one string: give [text]")
+    if hasattr(texts, "to_pylist"):
+        texts = texts.to_pylist()
+    elif not hasattr(texts, "__len__"):
+        texts = list(texts)
+    for place, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"item {place} of the texts is of type {type(text).__name__}, not a string")
+    found: Sequence[str] = texts
+    return found
 
 
 def plain_copy(backend: Tokenizer, lower_case: bool) -> Tokenizer:

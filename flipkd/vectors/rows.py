@@ -17,6 +17,7 @@ STORAGE: dict[str, np.dtype[Any]] = {
     "int8": np.dtype(np.int8),
 }
 
+_SQUARE_TOLERANCE = 0.02
 _BLOCK_ROWS = 4096  # rows quantised at a time: temporaries stay in the cache
 
 
@@ -77,14 +78,20 @@ def quantise(vectors: NDArray[np.float32], dtype: str) -> VectorRows:
         bf16                            1.3e-4, 1.0e-3    4.7e-4, 2.8e-3         35 | 7.8
 
     Args:
-        vectors: [N, d] float32, unit length (int8 needs no more than finite).
+        vectors: [N, d] float32, of unit length or all zero (int8 needs no more than finite).
         dtype: "float32" (a reference to the same memory where it can be), "bf16" or "int8".
 
     Raises:
         ConfigError: an unknown dtype.
-        ValueError: not [N, d] float32, or not finite; the message names the first row that is not.
+        TypeError: not a NumPy array.
+        ValueError: not [N, d] float32, not finite, or not of unit length; the message names the first row that is not.
     """
     check_dtype(dtype)
+    if not isinstance(vectors, np.ndarray):
+        raise TypeError(
+            f"vectors must be a NumPy array, not of type {type(vectors).__name__}; of a list np.asarray(vectors, "
+            "np.float32) makes one, of a tensor vectors.numpy(force=True)"
+        )
     if vectors.ndim != 2 or vectors.dtype != np.float32:
         raise ValueError(f"vectors must be float32 [rows, dim], not {vectors.dtype} of shape {vectors.shape}")
     vectors = np.ascontiguousarray(vectors)
@@ -94,11 +101,27 @@ def quantise(vectors: NDArray[np.float32], dtype: str) -> VectorRows:
         finite = np.isfinite(block).all(axis=1)
         if not finite.all():
             raise ValueError(f"row {start + int(np.argmin(finite))} of the vectors is not finite")
+        if dtype != "int8":
+            _check_lengths(block, start)
         if dtype == "bf16":
             out[start : start + _BLOCK_ROWS] = _to_bf16(block)
         elif dtype == "int8":
             out[start : start + _BLOCK_ROWS] = _to_int8(block)
     return VectorRows(out, dtype)
+
+
+def _check_lengths(block: NDArray[np.float32], start: int) -> None:
+    """Scores are plain dot products of these rows, so that longer ones would be cut at 1, and shorter ones too low."""
+    squares = np.einsum("nd,nd->n", block, block)
+    wrong = np.abs(squares - 1) > _SQUARE_TOLERANCE
+    if wrong.any():
+        wrong &= block.any(axis=1)  # an all-zero row scores 0
+    if wrong.any():
+        place = int(np.argmax(wrong))
+        length = float(np.linalg.norm(block[place].astype(np.float64)))
+        raise ValueError(
+            f"row {start + place} of the vectors has length {length:.3g}, not 1; divide it by its length, or take int8"
+        )
 
 
 def _to_bf16(block: NDArray[np.float32]) -> NDArray[np.uint16]:

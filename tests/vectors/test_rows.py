@@ -22,7 +22,8 @@ def unit_rows(rows: int, dim: int, seed: int = 0) -> NDArray[np.float32]:
 @settings(max_examples=50)
 @given(st.lists(st.floats(-1, 1, width=32), min_size=1, max_size=40))
 def test_bf16_rounds_as_pytorch_does(numbers: list[float]) -> None:
-    row = np.array([numbers], np.float32)
+    row = np.array([numbers], np.float64)
+    row = (row / np.maximum(np.linalg.norm(row), 1e-300)).astype(np.float32)
     want = torch.from_numpy(row).to(torch.bfloat16)
     got = quantise(row, "bf16")
     np.testing.assert_array_equal(got.values, want.view(torch.uint16).numpy())
@@ -76,6 +77,23 @@ def test_number_that_is_not_finite_is_refused_by_row(dtype: str, bad: float) -> 
     vectors[4500, 1] = bad
     with pytest.raises(ValueError, match="row 4500 "):
         quantise(vectors, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bf16"])
+@pytest.mark.parametrize("length", [2.0, 0.5, 1e-30])
+def test_a_row_that_is_not_of_unit_length_is_refused(dtype: str, length: float) -> None:
+    """Scores came out as 1.0: longer dot products are cut there."""
+    vectors = unit_rows(5000, 3)
+    vectors[4500] *= np.float32(length)
+    with pytest.raises(ValueError, match=rf"row 4500 of the vectors has length {length:.3g}, not 1"):
+        quantise(vectors, dtype)
+    quantise(vectors, "int8")
+
+
+def test_what_is_no_array_is_told_how_to_become_one() -> None:
+    for vectors in ([[1.0, 0.0]], torch.eye(2)):
+        with pytest.raises(TypeError, match="must be a NumPy array, not of type"):
+            quantise(vectors, "float32")  # type: ignore[arg-type]
 
 
 def test_rows_say_what_they_are() -> None:
