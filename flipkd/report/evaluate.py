@@ -199,7 +199,11 @@ def _warnings(facts: Mapping[str, Any], manifest: Mapping[str, Any], fitted: Fit
     labelled, sample = facts["labelled"], facts["labels"]["sample"]
     if facts["metrics"] is None:
         kind = "matches" if labelled["matches"] else "pairs that do not match"
-        found.append(f"All labelled pairs are {kind}: nothing can be told apart, so there are no metrics.")
+        why = f"All labelled pairs are {kind}"
+        if 0 < labelled["matches"] < labelled["pairs"]:
+            kind = "pairs that do not match" if labelled["match_weight"] else "labelled matches"
+            why = f"All {kind} have the weight 0" if labelled["weight"] else "All weights are 0"
+        found.append(f"{why}: nothing can be told apart, so there are no metrics.")
     elif min(labelled["matches"], labelled["pairs"] - labelled["matches"]) < _FEW_PAIRS:
         found.append(f"One class has fewer than {_FEW_PAIRS} labelled pairs: read the intervals, not the figures.")
     if facts["metrics"] is not None and fitted is None:

@@ -20,6 +20,9 @@ from flipkd.vectors.id_types import as_kind, check_id_type, mixed_kinds
 # Options that name columns of a table of labels, for messages.
 LABEL_OPTIONS = "--key, --label-column and --weight-column"
 
+# Far from where sums of squares leave the range of a float64.
+_LEAST_WEIGHT, _MOST_WEIGHT = 1e-30, 1e30
+
 Floats = npt.NDArray[np.float64]
 
 
@@ -134,15 +137,21 @@ def read_weights(table: pa.Table, column: str, source: str, rows: npt.NDArray[np
 
     Raises:
         ConfigError: it holds no numbers.
-        InputError: a weight is null, negative or not finite; named by its row.
+        InputError: a weight is null, negative or not finite, or its square may not be; named by its row.
     """
     kind = table.schema.field(column).type
     if not (pa.types.is_floating(kind) or pa.types.is_integer(kind)):
         raise ConfigError(f"{source}: weight column {column!r} has type {kind}; weights are numbers")
     values = np.asarray(table.column(column).cast(pa.float64(), safe=False).fill_null(np.nan))
     bad = ~(np.isfinite(values) & (values >= 0))
-    if bad.any():
-        row = int(np.argmax(bad)) if rows is None else int(rows[np.argmax(bad)])
+    extreme = (values != 0) & ~bad & ~((values >= _LEAST_WEIGHT) & (values <= _MOST_WEIGHT))
+    for wrong in (bad, extreme):
+        if not wrong.any():
+            continue
+        row = int(np.argmax(wrong)) if rows is None else int(rows[np.argmax(wrong)])
+        if wrong is extreme:
+            told = f"is neither 0 nor from {_LEAST_WEIGHT:g} to {_MOST_WEIGHT:g} in row {row}; scale the weights"
+            raise InputError(f"{source}: weight column {column!r} {told}")
         raise InputError(f"{source}: weight column {column!r} is null, negative or not finite in row {row}; mend it")
     return values
 

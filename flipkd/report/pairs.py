@@ -120,7 +120,7 @@ class _Gathered:
 
 
 def slice_values(column: pa.ChunkedArray) -> pa.Array:
-    """[N] strings; bytes that are no UTF-8 are written as hexadecimal, nested values as one word."""
+    """[N] strings; a value of bytes that are no UTF-8 is written as hexadecimal, a nested one as one word."""
     values = column.combine_chunks()
     values = pa.concat_arrays(values.chunks) if isinstance(values, pa.ChunkedArray) else values
     if pa.types.is_dictionary(values.type):
@@ -134,7 +134,12 @@ def slice_values(column: pa.ChunkedArray) -> pa.Array:
 
 
 def _told(value: Any) -> str:
-    return value.hex() if isinstance(value, bytes) else str(value)
+    if not isinstance(value, bytes):
+        return str(value)
+    try:  # one by one: a value must not be written in two ways, in two batches
+        return value.decode()
+    except UnicodeDecodeError:
+        return value.hex()
 
 
 def from_label_column(

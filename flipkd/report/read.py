@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -14,7 +15,7 @@ from flipkd.errors import ConfigError, InputError
 from flipkd.report.config import EvaluateConfig
 from flipkd.report.labels import LABEL_OPTIONS, read_label_table
 from flipkd.report.pairs import LabelledPairs, PairCounts, from_label_column, from_label_table
-from flipkd.report.sample import check_sample_columns, is_sample, read_sample, sample_facts
+from flipkd.report.sample import WEIGHT, check_sample_columns, is_sample, read_sample, sample_facts
 from flipkd.report.scan import (
     COLUMN_OPTIONS,
     RowCounts,
@@ -27,6 +28,8 @@ from flipkd.report.scan import (
 from flipkd.run.progress import progress_bar
 from flipkd.urls import without_secrets
 from flipkd.vectors.id_types import check_id_type
+
+logger = logging.getLogger(__name__)
 
 
 class NoLabelledPairsError(InputError):
@@ -144,6 +147,7 @@ def check_labels(config: EvaluateConfig) -> bool:
 def _read_any(config: EvaluateConfig, scores: Location, shards: list[Shard]) -> LabelledRun:
     with progress_bar("evaluate", count_rows(scores, shards), "pairs", config.progress) as bar:
         if config.labels is None:
+            _warn_of_weights(config, scores, shards)
             found = from_label_column(
                 scores,
                 shards,
@@ -167,9 +171,22 @@ def _read_any(config: EvaluateConfig, scores: Location, shards: list[Shard]) -> 
                 pass
             pairs, counts = read_sample(location, label_shards, config.score_column, config.label_column, config.slices)
             return LabelledRun(pairs, rows, counts, "sample", (location, label_shards))
+        _warn_of_weights(config, location, label_shards)
         table = read_label_table(location, label_shards, config.key, config.label_column, config.weight_column)
         found = from_label_table(scores, shards, config.score_column, table, config.slices, bar.update)
         return LabelledRun(*found, "table", (scores, shards))
+
+
+def _warn_of_weights(config: EvaluateConfig, location: Location, shards: list[Shard]) -> None:
+    """Of what was a sample once: without its strata each pair counts as one, however many it was drawn for."""
+    if config.weight_column is None and WEIGHT in column_names(location, shards):
+        logger.warning(
+            "%s has a column %s, and is not read as a sample: each pair counts as one. Keep all columns of the sample "
+            "and give it as --labels, or pass --weight-column %s",
+            location.uri,
+            WEIGHT,
+            WEIGHT,
+        )
 
 
 def _no_labels(config: EvaluateConfig, read: LabelledRun) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from flipkd.errors import ConfigError, InputError
 from flipkd.report.config import EvaluateConfig
 from flipkd.report.evaluate import evaluate
+from flipkd.report.pairs import slice_values
 from tests.report.conftest import MakeScores, score_table
 
 
@@ -114,6 +116,47 @@ def test_weights_of_a_column(make_scores: MakeScores, tmp_path: Path) -> None:
     assert weighted["metrics"]["roc_auc"]["value"] == pytest.approx(first["metrics"]["roc_auc"]["value"])
     assert weighted["metrics"]["roc_auc"]["value"] != plain["metrics"]["roc_auc"]["value"]
     assert weighted["metrics"]["best_f1"]["value"] == pytest.approx(first["metrics"]["best_f1"]["value"])
+
+
+def test_weights_that_leave_nothing_to_tell_apart_are_what_is_told(make_scores: MakeScores, tmp_path: Path) -> None:
+    """It said that all labelled pairs are matches; weights of 1e300 ended in an error of another library."""
+    table = score_table()
+    label = np.asarray(table["label"]).astype(np.float64)
+    for name, weights, told in (
+        ("none", 0 * label, "All weights are 0: "),
+        ("matches", label, "All pairs that do not match have the weight 0: "),
+        ("others", 1 - label, "All labelled matches have the weight 0: "),
+    ):
+        scores = make_scores(table.append_column("w", pa.array(weights)), name=name)
+        facts = evaluate(EvaluateConfig(str(scores), str(tmp_path / f"{name}-report"), weight_column="w"))
+        assert facts["warnings"][0] == f"{told}nothing can be told apart, so there are no metrics."
+    scores = make_scores(table.append_column("w", pa.array(np.where(label > 0, 1e300, 1e-300))), name="extreme")
+    with pytest.raises(InputError, match="weight column 'w' is neither 0 nor from 1e-30 to"):
+        evaluate(EvaluateConfig(str(scores), str(tmp_path / "extreme-report"), weight_column="w"))
+
+
+def test_what_has_lost_the_strata_of_a_sample_is_warned_of(
+    make_scores: MakeScores, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    table = score_table()
+    weight = pa.array(np.linspace(1, 9, table.num_rows))
+    labels = table.select(["left_id", "right_id", "label"]).append_column("sample_weight", weight)
+    pq.write_table(labels, tmp_path / "labels.parquet")
+    config = EvaluateConfig(
+        str(make_scores(table.drop_columns(["label"]))), str(tmp_path / "report"), str(tmp_path / "labels.parquet")
+    )
+    evaluate(config)
+    assert "has a column sample_weight, and is not read as a sample: each pair counts as one" in caplog.text
+    caplog.clear()
+    evaluate(replace(config, output=str(tmp_path / "weighted"), weight_column="sample_weight"))
+    assert not caplog.text
+
+
+def test_bytes_that_are_text_are_one_slice_whatever_stands_beside_them() -> None:
+    """In a batch with one value that is none, all values were written as hexadecimal."""
+    values = pa.chunked_array([pa.array([b"DE", b"\xff", None, b"DE"])])
+    assert slice_values(values).to_pylist() == ["DE", "ff", None, "DE"]
+    assert slice_values(values.slice(0, 1)).to_pylist() == ["DE"]
 
 
 def test_a_bad_weight_is_named_by_its_row_among_all_scores(make_scores: MakeScores, tmp_path: Path) -> None:
