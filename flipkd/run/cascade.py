@@ -27,7 +27,7 @@ from flipkd.run import pipeline
 from flipkd.run.lock import locked
 from flipkd.run.manifest import MANIFEST, WORK_FOLDER, read_whole_reports
 from flipkd.run.observe import observed
-from flipkd.run.output import list_outputs, own_outputs, remove_folder
+from flipkd.run.output import list_outputs, own_outputs, remove_folder, remove_manifest
 from flipkd.run.overlap import refuse_other_kind, refuse_overlap
 from flipkd.run.plan_rescore import check_scores, plan_rescore
 from flipkd.run.plan_score import ScorePlan, plan_score, score_inputs
@@ -117,6 +117,7 @@ def score_and_rescore(score: ScoreConfig, rescore: RescoreConfig, scores: str | 
         if not is_whole or any(
             isinstance(found, Exception) for found in read_whole_reports(output, dict.fromkeys(done))
         ):
+            remove_manifest(output)
             write_json(output, _NOTE, {"fingerprint": own})
             manifest = _run(job, own)
         if manifest["complete"] and not job.keeps_scores:

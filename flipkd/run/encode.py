@@ -16,11 +16,11 @@ from flipkd.data.location import Location, open_location
 from flipkd.errors import ConfigError, OutputError
 from flipkd.run.cached_encoder import cache_root, text_cache_of
 from flipkd.run.encode_unit import EncodeWorker
-from flipkd.run.job import Job, check_device, run_job
+from flipkd.run.job import Job, begin, check_device, run_job
 from flipkd.run.lock import locked
 from flipkd.run.manifest import MANIFEST, WORK_FOLDER
 from flipkd.run.observe import observed
-from flipkd.run.output import remove_folder
+from flipkd.run.output import remove_folder, remove_manifest
 from flipkd.run.overlap import refuse_other_kind, refuse_overlap
 from flipkd.run.ray_session import ray_session
 from flipkd.run.record_schema import RecordSchema
@@ -187,7 +187,9 @@ def encode_planned(planned: EncodePlan, waits: bool = False) -> dict[str, Any]:
             about={"encoder": config.encoder.folder, "template": config.text_template},
             device=config.encoder.device,
         )
-        manifest = run_job(job)
+        done = begin(job)
+        remove_manifest(output)  # of a store that lacks records, or is replaced
+        manifest = run_job(job, done)
         if cache is not None:
             try:
                 manifest["cache"] = tidy(cache, config.cache_limit_bytes)

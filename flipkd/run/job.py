@@ -18,7 +18,7 @@ from flipkd.run.local import UnitFunction, run_local
 from flipkd.run.lock import check_locks
 from flipkd.run.manifest import MANIFEST, PLAN, Totals, UnitReport, versions
 from flipkd.run.observe import observed
-from flipkd.run.output import check_space, prepare
+from flipkd.run.output import check_space, prepare, remove_manifest
 from flipkd.run.units import Plan, WorkUnit
 
 logger = logging.getLogger(__name__)
@@ -62,12 +62,28 @@ class Job:
     device: str = "auto"
 
 
+def begin(job: Job) -> dict[str, UnitReport]:
+    """Makes the locked folder ready before any stage of the job; see ``prepare`` for what it returns and raises.
+
+    From here to its end the folder tells that this job is not finished, whatever an earlier one has left.
+    """
+    done = prepare(job.output, job.plan.units, job.run.overwrite)
+    _note_plan(job, done)
+    return done
+
+
+def _note_plan(job: Job, done: Mapping[str, UnitReport]) -> None:
+    if any(unit.output not in done for unit in job.plan.units):
+        remove_manifest(job.output)
+    write_json(job.output, PLAN, plan_facts(job))
+
+
 def run_job(job: Job, done: Mapping[str, UnitReport] | None = None) -> dict[str, Any]:
     """Runs the units whose outputs are not there yet and writes the manifest.
 
     Args:
         job: what to run.
-        done: what ``prepare`` has found in the folder, if the caller has asked already.
+        done: what ``begin`` has found in the folder, if the caller has asked already.
 
     Returns:
         The manifest. ``complete`` is false when files or units were skipped.
@@ -84,7 +100,7 @@ def run_job(job: Job, done: Mapping[str, UnitReport] | None = None) -> dict[str,
     pending = [unit for unit in job.plan.units if unit.output not in done]
     pending_rows = sum(unit.rows for unit in pending)
     check_space(job.output, job.output_bytes * pending_rows // max(job.plan.rows, 1))
-    write_json(job.output, PLAN, plan_facts(job))
+    _note_plan(job, done)
     if done:
         logger.info("%d of %d units are done already", len(done), len(job.plan.units))
     totals, failures = Totals(), []

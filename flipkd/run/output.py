@@ -120,10 +120,15 @@ def own_outputs(output: Location, wanted: Collection[str], overwrite: bool) -> s
             f"(such as {min(foreign)}); choose another --output, or pass --overwrite to delete them"
         )
     logger.info("deleting %d files of another run in %s", len(names), output.uri)
+    remove_manifest(output)
     remove_outputs(output, names)
+    return set()
+
+
+def remove_manifest(output: Location) -> None:
+    """Deletes the manifest, so that nobody takes a folder for finished that lacks outputs. It need not be there."""
     with writing(output.uri), contextlib.suppress(FileNotFoundError, pa.ArrowException):
         output.filesystem.delete_file(output.child(MANIFEST).path)
-    return set()
 
 
 def _whole(output: Location, found: Mapping[str, str]) -> dict[str, UnitReport]:

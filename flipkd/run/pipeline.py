@@ -21,7 +21,7 @@ from flipkd.run.encode import (
     encode_planned,
     plan_encode,
 )
-from flipkd.run.job import Job, plan_facts, run_job
+from flipkd.run.job import Job, begin, plan_facts, run_job
 from flipkd.run.kept_stores import in_use, remove_older
 from flipkd.run.lock import locked
 from flipkd.run.manifest import MANIFEST, UnitReport, glance
@@ -52,7 +52,7 @@ def score(config: ScoreConfig) -> dict[str, Any]:
         held.enter_context(observed("score", config.run, job.output))
         # Whose folder it is must be known before hours of encoding.
         refuse_other_kind(job.output, "score")
-        done = prepare(job.output, job.plan.units, config.run.overwrite)
+        done = begin(job)
         remove_stale(planned)
         stages = _stages_of_finished(planned, done)
         if stages is None:

@@ -28,12 +28,12 @@ from flipkd.models.folder import absolute_model
 from flipkd.models.llm import LlmAnswers, PairLlm, load_llm
 from flipkd.models.llm_options import LlmOptions
 from flipkd.run.combination import Combination, fit_from_output, write_combination
-from flipkd.run.job import Job, available_cores, run_job
+from flipkd.run.job import Job, available_cores, begin, run_job
 from flipkd.run.join import RecordTable, texts_of_ids
 from flipkd.run.lock import locked
 from flipkd.run.manifest import UnitReport
 from flipkd.run.observe import observed
-from flipkd.run.output import prepare, remove_otherwise_made
+from flipkd.run.output import remove_otherwise_made
 from flipkd.run.overlap import refuse_other_kind
 from flipkd.run.plan_rescore import LLM_PROBABILITY, RESCORE_REASON, RescorePlan, plan_rescore
 from flipkd.run.ray_session import ray_session
@@ -209,7 +209,7 @@ def rescore_planned(planned: RescorePlan, facts: Mapping[str, Any]) -> dict[str,
     """Runs a planned job whose output the caller has locked; ``facts`` are further ones for the manifest."""
     selection, about = select_pairs(planned)
     job = _job(planned, selection, about)
-    done = prepare(job.output, job.plan.units, job.run.overwrite)
+    done = begin(job)
     done = remove_otherwise_made(job.output, done, selection.basis)
     manifest = run_job(replace(job, about={**job.about, **facts}), done)
     if planned.config.fit_labels is not None:

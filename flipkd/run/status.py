@@ -67,6 +67,8 @@ def _finished(output: Location) -> dict[str, Any] | None:
     manifest = read_json(output, MANIFEST, fingerprint=str, complete=bool)
     if output.is_local:
         store = read_json(output, STORE_FILE)
+        if store is not None and manifest is None and (Path(output.path) / PARTS).is_dir():
+            return None  # it is being made again, with more records or anew
         if store is not None:
             complete = (manifest or {}).get("complete", True)
             state = "finished" if complete else "partial"
@@ -80,6 +82,9 @@ def _finished(output: Location) -> dict[str, Any] | None:
     state = "finished" if manifest["complete"] else "partial"
     found = {name: manifest.get(name) for name in ("skipped_shards", "skipped_units")}
     skipped = {name: len(value) for name, value in found.items() if isinstance(value, list) and value}
+    done = facts["units_done"]
+    if done != manifest.get("units", done) or facts["units"] > done + skipped.get("skipped_units", 0):
+        return None  # an output was taken away, or a later run over more input was broken off
     return {**facts, "state": state, **skipped, "seconds_left": 0.0}
 
 

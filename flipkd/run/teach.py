@@ -19,13 +19,13 @@ from flipkd.data.location import Location
 from flipkd.data.teacher_scores import TEACHER_VECTORS
 from flipkd.errors import OutputError
 from flipkd.models.folder import absolute_model
-from flipkd.run.job import Job, run_job
+from flipkd.run.job import Job, begin, run_job
 from flipkd.run.join import JoinTask, JoinWorker, joined_plan
 from flipkd.run.local import UnitFunction
 from flipkd.run.lock import locked
 from flipkd.run.manifest import WORK_FOLDER
 from flipkd.run.observe import observed
-from flipkd.run.output import prepare, remove_folder, remove_stale_work
+from flipkd.run.output import remove_folder, remove_stale_work
 from flipkd.run.overlap import refuse_other_kind
 from flipkd.run.pipeline import encode_inline, skipped_before, stages_told, summary
 from flipkd.run.plan_teach import TeachPlan, plan_teach
@@ -61,7 +61,7 @@ def teach(config: TeachConfig) -> dict[str, Any]:
     with locked(output), ray_session(), observed("teach", config.run, output):
         refuse_other_kind(output, "teach")
         _vectors_of(vectors)  # something else in their place is refused before anything is deleted
-        done = prepare(output, plan.units, config.run.overwrite)
+        done = begin(job)
         has_vectors = _check_vectors(planned, vectors, work)
         remove_stale_work(output.child(WORK_FOLDER), {posixpath.basename(work.path)})
         is_whole = len(done) == len(plan.units) and (has_vectors or not is_bi_encoder)

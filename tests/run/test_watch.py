@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,70 @@ def test_a_job_at_work_broken_off_and_finished(
     result = CliRunner().invoke(main, ["status", str(job.output), "--watch"])
     assert (result.exit_code, result.output.startswith(f"{job.last}: finished")) == (0, True)
     assert not (job.output / ".flipkd/progress").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "inputs"),
+    [("store", "score", "ids"), ("inline", "encode", "texts"), ("teach", "encode", "texts")],
+)
+def test_a_finished_job_that_gets_more_input_is_unfinished_until_its_end(
+    name: str,
+    stage: str,
+    inputs: str,
+    world: World,
+    base_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its old manifest said that it was complete, to ``status`` and to whoever waits for that file."""
+    job = make_job(name, world, base_dir, tmp_path / "job")
+    later = sorted((tmp_path / "job" / inputs).glob("*.parquet"))[1:]
+    for path in later:
+        path.rename(tmp_path / path.name)
+    job.run(RunOptions(threads=1))
+    manifest = job.output / "_manifest.json"
+    assert (status(str(job.output))["state"], status(str(job.output))["units"]) == ("finished", 1)
+    for path in later:
+        (tmp_path / path.name).rename(path)
+    seen = []
+    with broken_at(monkeypatch, stage, lambda: seen.append(manifest.exists())), pytest.raises(KeyboardInterrupt):
+        job.run(RunOptions(threads=1))
+    assert seen == [False]
+    left = status(str(job.output))
+    assert (left["state"], left["units"]) == ("unfinished", 3)
+    assert CliRunner().invoke(main, ["status", str(job.output), "--watch", "--interval", "0.01"]).exit_code == 1
+    job.run(RunOptions(threads=1))
+    assert status(str(job.output))["state"] == "finished"
+
+
+@pytest.mark.parametrize(("name", "stage"), [("rescore", "rescore"), ("cascade", "score")])
+def test_a_finished_job_that_has_lost_outputs_is_unfinished_until_its_end(
+    name: str, stage: str, world: World, base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(name, world, base_dir, tmp_path / "job")
+    job.run(RunOptions(threads=1))
+    for path in sorted(job.output.glob("*.parquet"))[1:]:
+        path.unlink()
+    assert status(str(job.output))["state"] == "unfinished"
+    with broken_at(monkeypatch, stage, lambda: None), pytest.raises(KeyboardInterrupt):
+        job.run(RunOptions(threads=1))
+    assert not (job.output / "_manifest.json").exists()
+    job.run(RunOptions(threads=1))
+    assert status(str(job.output))["state"] == "finished"
+
+
+def test_a_store_that_is_made_anew_is_unfinished_until_its_end(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = EncodeConfig(EncoderOptions(world.encoder), world.left, str(tmp_path / "store"), rows_per_unit=20)
+    encode(config)
+    assert status(config.output)["state"] == "finished"
+    anew = replace(config, dtype="float32", run=RunOptions(overwrite=True))
+    with broken_at(monkeypatch, "encode", lambda: None), pytest.raises(KeyboardInterrupt):
+        encode(anew)
+    assert status(config.output)["state"] == "unfinished"
+    encode(anew)
+    assert status(config.output)["state"] == "finished"
 
 
 def test_train_and_evaluate(world: World, base_dir: Path, tmp_path: Path) -> None:
