@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import posixpath
+import re
 import urllib.parse
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,9 @@ logger = logging.getLogger(__name__)
 PARQUET_SUFFIXES = (".parquet", ".parq", ".pq")
 _HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 _MAGIC = b"PAR1"
+# What the formats whose folders hold deleted and overwritten rows too keep in a table's folder.
+_TABLE_FORMATS = {"_delta_log": "Delta", ".hoodie": "Hudi"}
+_ICEBERG = re.compile(r"metadata/[^/]+\.metadata\.json")
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,8 @@ def find_shards(location: Location) -> list[Shard]:
     endings are not part of the table.
 
     Raises:
-        InputError: the path does not exist, cannot be looked at, or holds no Parquet file.
+        InputError: the path does not exist, cannot be looked at, or holds no Parquet file; or it is a table of another
+            format, which tells elsewhere which of its files count.
     """
     try:
         info = location.filesystem.get_file_info(location.path)
@@ -70,6 +75,7 @@ def find_shards(location: Location) -> list[Shard]:
     for info in found:
         path = _path(info)
         name = path[len(root) :] if path.startswith(root) else path.lstrip("/")
+        _check_format(location, name)
         if any(is_hidden(part) for part in name.split("/")):
             continue
         if info.type == pafs.FileType.Directory:
@@ -95,6 +101,24 @@ def find_shards(location: Location) -> list[Shard]:
             location.uri,
         )
     return sorted(shards, key=lambda shard: shard.name)
+
+
+def _check_format(location: Location, name: str) -> None:
+    """Refuses a table whose folder holds files that are no part of it (any more).
+
+    Args:
+        location: the table's root.
+        name: of one of the files and folders below it.
+
+    Raises:
+        InputError: names the format.
+    """
+    found = _TABLE_FORMATS.get(name.partition("/")[0]) or ("Iceberg" if _ICEBERG.fullmatch(name) else None)
+    if found is not None:
+        raise InputError(
+            f"{location.uri} is a table of {found} ({name} is there): its folder holds rows too that were deleted or "
+            "overwritten; write the table as it is now to a folder of plain Parquet, and name that"
+        )
 
 
 def _path(info: pafs.FileInfo) -> str:

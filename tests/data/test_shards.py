@@ -56,6 +56,32 @@ def test_a_path_without_parquet_is_refused_by_name(tmp_path: Path) -> None:
         find_shards(open_location(tmp_path / "nowhere"))
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("_delta_log/00000000000000000000.json", "Delta"),
+        (".hoodie/hoodie.properties", "Hudi"),
+        ("metadata/00001-5f.metadata.json", "Iceberg"),
+        ("metadata/v1.metadata.json", "Iceberg"),
+    ],
+)
+@pytest.mark.parametrize("is_local", [True, False])
+def test_a_table_that_tells_elsewhere_which_files_count_is_refused(
+    tmp_path: Path, name: str, told: str, is_local: bool
+) -> None:
+    """Its deleted and overwritten rows were read too."""
+    root = open_location(tmp_path if is_local else f"memory://flipkd-table/{told}{name.replace('/', '')}")
+    for file in ("data/part-0.parquet", name):
+        target = root.child(file)
+        root.filesystem.create_dir(target.path.rpartition("/")[0])
+        with root.filesystem.open_output_stream(target.path) as sink:
+            sink.write(b"{}")
+    with pytest.raises(InputError, match=rf"is a table of {told} .*plain Parquet"):
+        find_shards(root)
+    root.filesystem.delete_dir(root.child(name.partition("/")[0]).path)
+    assert [shard.name for shard in find_shards(root)] == ["data/part-0.parquet"]
+
+
 def test_an_unknown_scheme_is_refused() -> None:
     with pytest.raises(ConfigError, match="cannot open the location 'nosuch://bucket/x'"):
         open_location("nosuch://bucket/x")
