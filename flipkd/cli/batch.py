@@ -55,6 +55,13 @@ def encode(as_json: bool, log_level: str, forget: str | None, **options: Any) ->
         if found["ids_not_found"]:
             say("partial: some ids are not in the records; the cache may hold vectors of their texts", logging.WARNING)
             sys.exit(3)
+        if config.cache is not None and found["texts"] and not found["deleted_vectors"]:
+            say(
+                "partial: the cache holds no vector of these records' texts; unless it was deleted before, name the "
+                "--cache, --template (or --text-column) and --records that the jobs used",
+                logging.WARNING,
+            )
+            sys.exit(3)
         return
     from flipkd.run.encode import encode as run
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,12 @@ import pyarrow.compute as pc
 
 from flipkd.config import EncodeConfig
 from flipkd.data.columns import take_rows
-from flipkd.data.find import PARQUET_SUFFIXES, find_shards
+from flipkd.data.find import PARQUET_SUFFIXES, Shard, find_shards
 from flipkd.data.location import Location, open_location, reason
 from flipkd.data.records import render_texts
 from flipkd.data.shards import ShardReader
 from flipkd.data.template import template_fields
-from flipkd.errors import InputError
+from flipkd.errors import ConfigError, InputError
 from flipkd.run.cached_encoder import cache_root
 from flipkd.run.encode import PARTS
 from flipkd.run.kept_stores import remove_store
@@ -37,7 +38,8 @@ from flipkd.vectors.id_types import check_id_type, decoded
 from flipkd.vectors.layout import SEALING_FOLDER
 from flipkd.vectors.store import VectorStore, is_sealed
 
-_INTEGER = re.compile(rb"-?[0-9]{1,20}")
+_INTEGER = re.compile(rb"\s*[+-]?[0-9]{1,20}\s*")
+_NUMBERS = ("int64", "uint64")  # kinds of ids, see flipkd.vectors.id_types
 _BATCH_ROWS = 1 << 16
 
 
@@ -54,23 +56,29 @@ def forget(config: EncodeConfig, ids: str) -> dict[str, Any]:
         ids: a Parquet file with the ids in ``id_column`` (or in its only column), or a text file with one id a line.
 
     Returns:
-        ``ids``, ``ids_not_found`` (not in the records, so nothing of them was looked for in the cache),
-        ``deleted_vectors`` (from the cache) and ``deleted_stores``.
+        ``ids``, ``ids_not_found`` (not in the records, so nothing of them was looked for in the cache), ``texts``
+        (distinct ones of the ids that were found), ``deleted_vectors`` (of these, from the cache) and
+        ``deleted_stores``.
 
     Raises:
-        ConfigError: an id does not fit the records' ids, or an option cannot be used.
-        InputError: the ids or the records cannot be read.
+        ConfigError: an option cannot be used, such as a cache that is not there.
+        InputError: the ids or the records cannot be read, or there is no id.
         OutputError: something cannot be deleted.
         OutputInUseError: a job is working on one of the stores.
     """
     config, told_by = with_recorded_template(config)
+    if config.cache is not None and not cache_root(config.cache).parent.is_dir():
+        raise ConfigError(f"--cache {config.cache} does not exist, so nothing was forgotten; name the jobs' cache")
     wanted = _read_ids(ids, config.id_column)
     records = open_location(config.records)
     schema = RecordSchema(config.id_column, config.text_template, told_by=told_by)
-    first = find_shards(records)[0]
-    with ShardReader(records, first) as reader:
-        schema.look(first, reader)
-    texts, known = _texts_of(records, config, wanted)
+    shards = find_shards(records)
+    for shard in shards:
+        with ShardReader(records, shard) as reader:
+            schema.look(shard, reader)
+    if schema.id_kind in _NUMBERS:  # 01 is 1 then, as in a store
+        wanted = pc.unique(pa.array([_decimal(value) or value for value in wanted.to_pylist()], wanted.type))
+    texts, known = _texts_of(records, shards, config, wanted)
     stores, deleted = [open_location(config.output)], 0
     if config.cache is not None:
         root = cache_root(config.cache)
@@ -83,6 +91,7 @@ def forget(config: EncodeConfig, ids: str) -> dict[str, Any]:
     return {
         "ids": len(wanted),
         "ids_not_found": len(wanted) - known,
+        "texts": len(texts),
         "deleted_vectors": deleted,
         "deleted_stores": sum(_forget_store(store, wanted) for store in stores),
     }
@@ -105,7 +114,10 @@ def _read_ids(path: str, column: str) -> pa.Array:
         except OSError as error:
             raise InputError(f"--forget {path} cannot be read: {reason(error)}") from error
         ids = pa.array([line for line in lines if line.strip()], pa.large_binary())
-    return pc.unique(ids).drop_null()
+    ids = pc.unique(ids).drop_null()
+    if not len(ids):
+        raise InputError(f"--forget {path} holds no id")
+    return ids
 
 
 def _comparable(ids: pa.ChunkedArray, column: str) -> pa.Array:
@@ -117,11 +129,18 @@ def _comparable(ids: pa.ChunkedArray, column: str) -> pa.Array:
     return array.cast(pa.large_binary())
 
 
-def _texts_of(records: Location, config: EncodeConfig, wanted: pa.Array) -> tuple[pa.Array, int]:
+def _decimal(value: bytes) -> bytes | None:
+    """An integer as ``_comparable`` writes it, without blanks, plus or leading zeros; None for what is none."""
+    return b"%d" % int(value) if _INTEGER.fullmatch(value) else None
+
+
+def _texts_of(
+    records: Location, shards: Sequence[Shard], config: EncodeConfig, wanted: pa.Array
+) -> tuple[pa.Array, int]:
     """The distinct texts of the wanted records, and how many of the ids were found."""
     columns = list(dict.fromkeys([config.id_column, *template_fields(config.text_template)]))
     texts, known = [pa.array([], pa.large_string())], [pa.array([], pa.large_binary())]
-    for shard in find_shards(records):
+    for shard in shards:
         with ShardReader(records, shard) as reader:
             for table in reader.all_batches(columns, _BATCH_ROWS):
                 ids = _comparable(table.column(config.id_column), config.id_column)
@@ -141,7 +160,7 @@ def _forget_store(store: Location, wanted: pa.Array) -> bool:
     with locked(store):
         if is_sealed(folder) and not is_unfinished:
             index = VectorStore.open(folder).index
-            if not len(wanted) or (index.look_up(_as_stored(wanted, index.kind)) < 0).all():
+            if (index.look_up(_as_stored(wanted, index.kind)) < 0).all():
                 return False
         remove_store(store)
     return True
@@ -149,8 +168,8 @@ def _forget_store(store: Location, wanted: pa.Array) -> bool:
 
 def _as_stored(wanted: pa.Array, kind: str) -> pa.Array:
     """The ids that a store of this kind can hold, in its type."""
-    if kind not in ("int64", "uint64"):
+    if kind not in _NUMBERS:
         return wanted
     bounds = np.iinfo(kind)
-    numbers = [int(value) for value in wanted.to_pylist() if _INTEGER.fullmatch(value)]
+    numbers = [int(value) for value in map(_decimal, wanted.to_pylist()) if value is not None]
     return pa.array([number for number in numbers if bounds.min <= number <= bounds.max], pa.type_for_alias(kind))

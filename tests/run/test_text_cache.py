@@ -423,7 +423,9 @@ class TestForget:
         arguments = [*command(task, Path(task.output))[3:], "--forget", str(ids)]
         done = CliRunner().invoke(main, arguments)
         assert done.exit_code == 0, done.output
-        assert json.loads(done.stdout) == {"ids": 2, "ids_not_found": 0, "deleted_vectors": 4, "deleted_stores": 2}
+        assert json.loads(done.stdout) == {
+            "ids": 2, "ids_not_found": 0, "texts": 2, "deleted_vectors": 4, "deleted_stores": 2
+        }  # fmt: skip
         assert self.holding(tmp_path, needles) == []
         # What is left serves the next night; the records still in the table are encoded again.
         write_records(tmp_path / "records", world.texts[0], skip=gone)
@@ -439,7 +441,9 @@ class TestForget:
         done = CliRunner().invoke(main, [*command(replace(task, records=others), Path(task.output))[3:], "--forget",
                                          str(tmp_path / "ids")])  # fmt: skip
         assert done.exit_code == 3
-        assert json.loads(done.stdout) == {"ids": 2, "ids_not_found": 2, "deleted_vectors": 0, "deleted_stores": 0}
+        assert json.loads(done.stdout) == {
+            "ids": 2, "ids_not_found": 2, "texts": 0, "deleted_vectors": 0, "deleted_stores": 0
+        }  # fmt: skip
         assert contents(Path(task.output)) == before
 
     def test_an_unfinished_store_goes_too(self, killed: EncodeConfig, tmp_path: Path) -> None:
@@ -447,7 +451,9 @@ class TestForget:
         assert list(Path(task.output).rglob("*.parquet"))
         (tmp_path / "ids").write_text(f"{record_id(0)}\n")
         done = CliRunner().invoke(main, [*command(task, Path(task.output))[3:], "--forget", str(tmp_path / "ids")])
-        assert json.loads(done.stdout) == {"ids": 1, "ids_not_found": 0, "deleted_vectors": 1, "deleted_stores": 1}
+        assert json.loads(done.stdout) == {
+            "ids": 1, "ids_not_found": 0, "texts": 1, "deleted_vectors": 1, "deleted_stores": 1
+        }  # fmt: skip
         assert not list(Path(task.output).rglob("*.parquet"))
 
     def test_string_ids_and_templates(self, task: EncodeConfig, tmp_path: Path) -> None:
@@ -460,9 +466,37 @@ class TestForget:
         needles = self.bytes_of([people.output], 2)
         pq.write_table(pa.table({"anything": ["007"]}), tmp_path / "ids.parquet")
         facts = forget(people, str(tmp_path / "ids.parquet"))
-        assert facts == {"ids": 1, "ids_not_found": 0, "deleted_vectors": 1, "deleted_stores": 1}
+        assert facts == {"ids": 1, "ids_not_found": 0, "texts": 1, "deleted_vectors": 1, "deleted_stores": 1}
         assert self.holding(tmp_path, needles) == []
         assert counts(encode(people)) == (1, 2)
+
+    def test_ids_that_are_numbers_are_compared_as_such(self, task: EncodeConfig, tmp_path: Path) -> None:
+        """The store compared numbers, the records texts: 01 was told to be missing, and its vector stayed."""
+        encode(task)
+        (tmp_path / "ids").write_text(f"0{record_id(1)}\n{record_id(1)}\n {record_id(2)} \r\n+{record_id(3)}\n")
+        facts = forget(task, str(tmp_path / "ids"))
+        assert facts == {"ids": 3, "ids_not_found": 0, "texts": 3, "deleted_vectors": 3, "deleted_stores": 1}
+
+    def test_a_deletion_that_deletes_nothing_does_not_end_well(self, task: EncodeConfig, tmp_path: Path) -> None:
+        encode(task)
+        before = contents(tmp_path / "cache")
+        ids = tmp_path / "ids"
+        ids.write_text(f"{record_id(0)}\n")
+
+        def run(*options: str) -> tuple[int, str]:
+            done = CliRunner().invoke(main, [*command(task, tmp_path / "none")[3:], "--forget", str(ids), *options])
+            return done.exit_code, done.stderr
+
+        code, told = run("--template", "another: {text}")
+        assert (code, len(told.splitlines())) == (3, 1)
+        assert re.search(r"the cache holds no vector of these records' texts; .*--template", told)
+        ids.write_text(" \n\n")
+        code, told = run()
+        assert (code, told) == (1, f"Error: --forget {ids} holds no id\n")
+        with pytest.raises(ConfigError, match=r"--cache .*elsewhere does not exist, so nothing was forgotten"):
+            forget(replace(task, cache=str(tmp_path / "elsewhere")), str(ids))
+        assert not (tmp_path / "elsewhere").exists()
+        assert contents(tmp_path / "cache") == before
 
 
 def test_a_cache_of_many_segments_is_merged_on_the_way(
