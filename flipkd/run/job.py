@@ -68,14 +68,11 @@ def begin(job: Job) -> dict[str, UnitReport]:
     From here to its end the folder tells that this job is not finished, whatever an earlier one has left.
     """
     done = prepare(job.output, job.plan.units, job.run.overwrite)
-    _note_plan(job, done)
-    return done
-
-
-def _note_plan(job: Job, done: Mapping[str, UnitReport]) -> None:
-    if any(unit.output not in done for unit in job.plan.units):
+    if len(done) < len(job.plan.units):
         remove_manifest(job.output)
-    write_json(job.output, PLAN, plan_facts(job))
+        if done:  # else the plan of the first stage tells more
+            write_json(job.output, PLAN, plan_facts(job))
+    return done
 
 
 def run_job(job: Job, done: Mapping[str, UnitReport] | None = None) -> dict[str, Any]:
@@ -100,7 +97,9 @@ def run_job(job: Job, done: Mapping[str, UnitReport] | None = None) -> dict[str,
     pending = [unit for unit in job.plan.units if unit.output not in done]
     pending_rows = sum(unit.rows for unit in pending)
     check_space(job.output, job.output_bytes * pending_rows // max(job.plan.rows, 1))
-    _note_plan(job, done)
+    if pending:
+        remove_manifest(job.output)
+    write_json(job.output, PLAN, plan_facts(job))
     if done:
         logger.info("%d of %d units are done already", len(done), len(job.plan.units))
     totals, failures = Totals(), []
