@@ -132,6 +132,7 @@ def plan_encode(config: EncodeConfig, is_right: bool = False, encoder: str | Non
         skip_bad_shards=skip,
         check=schema.look,
     )
+    schema.refuse_negative(records, shards, skip)
     store = fingerprint({"run": run_fingerprint, "units": [unit.fingerprint for unit in plan.units]})
     return EncodePlan(config, plan, store, run_fingerprint, encoder, schema.id_kind)
 

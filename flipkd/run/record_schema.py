@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from flipkd.data.find import Shard
+from flipkd.data.location import Location
 from flipkd.data.records import as_text
 from flipkd.data.shards import ShardReader
 from flipkd.data.template import template_fields
-from flipkd.errors import ConfigError
+from flipkd.errors import ConfigError, InputError
 from flipkd.record_sides import option_of_side
-from flipkd.vectors.id_types import check_id_type, common_kind
+from flipkd.vectors.id_types import check_id_type, common_kind, decoded
+
+_BATCH_ROWS = 1 << 16
 
 
 class RecordSchema:
@@ -58,6 +63,41 @@ class RecordSchema:
             ) from error
         for name in self._fields:
             as_text(pa.array([], reader.column_type(name)), name)
+
+    def refuse_negative(self, records: Location, shards: Sequence[Shard], skip_bad_shards: bool) -> None:
+        """Looks for negative ids, which cannot be told from the largest ones where another file has ids of uint64.
+
+        Only in a table that has both is anything read.
+
+        Args:
+            records: root of the table.
+            shards: those of its files that were looked at, or more.
+            skip_bad_shards: whether those that cannot be read are passed over.
+
+        Raises:
+            InputError: there is one, or the ids cannot be read; names the file.
+        """
+        unsigned = min((name for name, kind in self._kinds.items() if kind == "uint64"), default=None)
+        for shard in shards if unsigned is not None else ():
+            if self._kinds.get(shard.name) != "int64":
+                continue
+            try:
+                is_negative = self._has_negative(records, shard)
+            except InputError:
+                if not skip_bad_shards:
+                    raise
+                continue
+            if is_negative:
+                raise InputError(
+                    f"column {self._id_column!r} has negative ids in {records.naming(shard.name)}, and is of type "
+                    f"uint64 in {unsigned}; cast it to int64 there"
+                )
+
+    def _has_negative(self, records: Location, shard: Shard) -> bool:
+        with ShardReader(records, shard, may_skip=True) as reader:
+            batches = reader.all_batches([self._id_column], _BATCH_ROWS)
+            chunks = (chunk for table in batches for chunk in table.column(0).chunks)
+            return any((pc.min(decoded(chunk)).as_py() or 0) < 0 for chunk in chunks)
 
     @property
     def id_kind(self) -> str:

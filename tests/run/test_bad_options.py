@@ -214,6 +214,25 @@ def test_what_lies_in_the_range_is_taken() -> None:
             RescoreConfig(llm, "scores", "out", band=(0.0, 1.0), threshold=bad)
 
 
+def test_negative_ids_beside_uint64_are_refused_before_anything_is_encoded(
+    place: Path, world: World, tmp_path: Path
+) -> None:
+    """All was encoded, and then a part in a hidden folder was named."""
+    records, store = tmp_path / "records", tmp_path / "store"
+    records.mkdir()
+    pq.write_table(pa.table({"key": pa.array([2**64 - 1, 1], pa.uint64()), "text": ["x", "y"]}), records / "a.parquet")
+    signed = pa.array([5, -3], pa.int16()).dictionary_encode()
+    pq.write_table(pa.table({"key": signed, "text": ["z", "w"]}), records / "b.parquet")
+    options = ("--encoder", world.encoder, "--records", str(records), "--id-column", "key")
+    code, told = run("encode", *options, "--output", str(store))
+    assert code == 1
+    assert re.search(rf"column 'key' has negative ids in b\.parquet of {records}, and is .*uint64 in a\.parquet", told)
+    assert not store.exists()
+    positive = pa.array([5, None], pa.int16()).dictionary_encode()
+    pq.write_table(pa.table({"key": positive, "text": ["z", "w"]}), records / "b.parquet")
+    assert run("encode", *options, "--output", str(store))[0] == 0
+
+
 def test_nothing_is_encoded_before_all_footers_were_read(place: Path, world: World, tmp_path: Path) -> None:
     """Both tables were encoded first."""
     arguments = f"score --encoder {world.encoder} --records {place}/records --right-records {world.right}".split()
