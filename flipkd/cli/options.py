@@ -188,13 +188,13 @@ records_options = _options(
 
 
 def _parse_bytes(_: click.Context, parameter: click.Parameter, value: str | int | None) -> int | None:
-    """``10GB``, ``500MB``, ``2TB`` (powers of 1000), or a plain number of bytes."""
+    """``10GB``, ``500MB``, ``2TB`` (powers of 1000), or ``1000B``. A number alone may be meant as any of them."""
     if value is None:
         return None
-    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)B?\s*", str(value), re.IGNORECASE)
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?B|[KMGT])\s*", str(value), re.IGNORECASE)
     if found is None:
-        raise click.BadParameter(f"{value!r} is no size; write it like 10GB", param=parameter)
-    return int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " "))
+        raise click.BadParameter(f"{value!r} is no size with a unit; write it like 10GB", param=parameter)
+    return int(float(found[1]) * 1000 ** "BKMGT".index(found[2][0].upper()))
 
 
 cache_options = _options(

@@ -27,6 +27,7 @@ from flipkd.run.record_schema import RecordSchema
 from flipkd.run.record_template import with_recorded_template
 from flipkd.run.store_folder import check_free, sealed_header
 from flipkd.run.units import Plan, fingerprint, plan_units
+from flipkd.vectors.cache import TextCache
 from flipkd.vectors.cache_tidy import tidy
 from flipkd.vectors.layout import HEADER_FILE
 
@@ -160,7 +161,9 @@ def encode_planned(planned: EncodePlan, waits: bool = False) -> dict[str, Any]:
             if manifest is not None and manifest["complete"]:
                 logger.info("%s is complete already", output.uri)
                 remove_folder(output.child(PARTS))  # of a run that was killed just before it did
-                return manifest
+                if config.cache_limit_bytes is not None:  # it may be another than that run's
+                    manifest.update(_tidied(config, text_cache_of(config, planned.encoder_fingerprint)))
+                return {**manifest, "units_resumed": manifest["units"], "rows_per_second": 0.0}
             sealed = None
         # One that lacks records may be finished; if its parts are of other records, run_job says so.
         if sealed is not None and sealed.get("complete", True) and not config.run.overwrite:
@@ -191,12 +194,19 @@ def encode_planned(planned: EncodePlan, waits: bool = False) -> dict[str, Any]:
         done = begin(job)
         remove_manifest(output)  # of a store that lacks records, or is replaced
         manifest = run_job(job, done)
-        if cache is not None:
-            try:
-                manifest["cache"] = tidy(cache, config.cache_limit_bytes)
-            except OutputError as error:  # the vectors are there: no reason to fail
-                logger.warning("the text cache was not compacted: %s", error)
+        manifest.update(_tidied(config, cache))
         return _seal(planned, output, parts, manifest)
+
+
+def _tidied(config: EncodeConfig, cache: TextCache | None) -> dict[str, Any]:
+    """Compacts the cache, if there is one; what the manifest says of it."""
+    if cache is None:
+        return {}
+    try:
+        return {"cache": tidy(cache, config.cache_limit_bytes)}
+    except OutputError as error:  # the vectors are there: no reason to fail
+        logger.warning("the text cache was not compacted: %s", error)
+        return {}
 
 
 def _for_workers(config: EncodeConfig) -> EncodeConfig:

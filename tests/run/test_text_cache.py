@@ -382,7 +382,12 @@ def test_options(task: EncodeConfig, tmp_path: Path) -> None:
     assert 0 < cache["texts"] < RECORDS
     assert cache["bytes"] <= 10_000
     assert cache["dropped_texts"] == RECORDS - cache["texts"]
-    for size in ("ten", "10XB", "-1"):
+    again = CliRunner().invoke(main, [*[one for one in arguments if one != "--json"], "--cache-limit", "5000b"])
+    assert again.exit_code == 0, again.output
+    assert "nothing was left to do" in again.stdout  # it was the rate of the run before
+    segments = [path.stat().st_size for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert sum(segments) <= 5000
+    for size in ("ten", "10XB", "-1", "10", "0", "B"):
         assert CliRunner().invoke(main, [*arguments, "--cache-limit", size]).exit_code == 2
     with pytest.raises(ConfigError, match="--cache-limit needs --cache"):
         replace(task, cache=None, cache_limit_bytes=10)
