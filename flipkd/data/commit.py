@@ -137,6 +137,7 @@ _NEEDS_ROOM = "free some space and run again, finished units are kept"
 _WAYS_OUT = {
     errno.ENOSPC: _NEEDS_ROOM,
     errno.EDQUOT: _NEEDS_ROOM,
+    errno.EFBIG: "files may not be that large here; raise the limit (ulimit -f), or choose another disk",
     errno.ENAMETOOLONG: "give the input files shorter names: outputs are named after them",
     errno.ENOTDIR: "a file stands where a folder should be; choose another",
     errno.EISDIR: "a folder stands where a file should be; choose another",

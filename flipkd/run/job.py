@@ -96,7 +96,8 @@ def run_job(job: Job, done: Mapping[str, UnitReport] | None = None) -> dict[str,
         done = prepare(job.output, job.plan.units, job.run.overwrite)
     pending = [unit for unit in job.plan.units if unit.output not in done]
     pending_rows = sum(unit.rows for unit in pending)
-    check_space(job.output, job.output_bytes * pending_rows // max(job.plan.rows, 1))
+    needed_bytes = job.output_bytes * pending_rows // max(job.plan.rows, 1)
+    check_space(job.output, needed_bytes, job.kind in ("score", "candidates"))
     if pending:
         remove_manifest(job.output)
     write_json(job.output, PLAN, plan_facts(job))

@@ -192,8 +192,13 @@ def remove_stale_work(folder: Location, keep: Collection[str], end: str = "") ->
             remove_folder(folder.child(name))
 
 
-def check_space(output: Location, needed_bytes: int) -> None:
+def check_space(output: Location, needed_bytes: int, has_columns: bool) -> None:
     """Refuses to start when the disk is known to be too small for the output.
+
+    Args:
+        output: the folder.
+        needed_bytes: estimated.
+        has_columns: whether the job has the option ``--columns``.
 
     Raises:
         OutputError: says what is needed and what is free.
@@ -205,7 +210,14 @@ def check_space(output: Location, needed_bytes: int) -> None:
         folder = os.path.dirname(folder)
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
+        way_out = "free some space, or choose another --output"
+        if has_columns:
+            way_out = "free some space, write fewer columns (--columns), or choose another --output"
         raise OutputError(
-            f"{output.uri} needs about {needed_bytes / 1e6:.0f} MB and the disk has {free / 1e6:.0f} MB free; "
-            "free some space, write fewer columns (--columns), or choose another --output"
+            f"{output.uri} needs about {_size(needed_bytes)} and the disk has {_size(free)} free; {way_out}"
         )
+
+
+def _size(count: int) -> str:
+    unit = min((len(str(count)) - 1) // 3, 4)
+    return f"{count / 1000**unit:.4g} {('bytes', 'kB', 'MB', 'GB', 'TB')[unit]}"

@@ -293,6 +293,7 @@ def test_writing_where_a_file_stands_is_a_clear_error(tmp_path: Path) -> None:
     [
         (errno.ENAMETOOLONG, "shorter names"),
         (errno.ENOSPC, "free some space and run again"),
+        (errno.EFBIG, r"raise the limit \(ulimit -f\)"),
         (errno.ENOTDIR, "a file stands where a folder should be"),
         (errno.EIO, "run again"),
     ],

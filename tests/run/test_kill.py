@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,10 +23,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from flipkd.config import RunOptions, ScoreConfig
+from flipkd.config import EncodeConfig, EncoderOptions, RunOptions, ScoreConfig
 from flipkd.data.location import Location, open_location
 from flipkd.errors import OutputError, OutputInUseError
 from flipkd.run import local, lock
+from flipkd.run.encode import encode
 from flipkd.run.lock import check_locks, is_locked, locked
 from flipkd.run.manifest import UnitReport
 from flipkd.run.pipeline import score
@@ -301,6 +303,21 @@ def test_a_disk_that_fills_up_keeps_what_is_finished(
     subprocess.run(["mount", "-o", "remount,size=50m", str(small_disk)], check=True)
     score(config(world, pairs, output))
     assert contents(output) == expected
+
+
+def test_a_disk_that_is_too_small_is_told_in_a_unit_that_fits(
+    world: World, make_pairs: MakePairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was 0 MB of 0 MB, and encode was advised to use an option of score."""
+    free = shutil.disk_usage(tmp_path)._replace(free=1234)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    told = (
+        r"out needs about \d+\.\d+ kB and the disk has 1.234 kB free; free some space, write fewer columns \(--columns"
+    )
+    with pytest.raises(OutputError, match=told):
+        score(config(world, make_pairs(rows=300), tmp_path / "out"))
+    with pytest.raises(OutputError, match=r"needs about .* kB .*; free some space, or choose another --output$"):
+        encode(EncodeConfig(EncoderOptions(world.encoder), world.left, str(tmp_path / "store")))
 
 
 def test_a_read_only_output_is_a_clear_error(world: World, make_pairs: MakePairs, tmp_path: Path) -> None:
