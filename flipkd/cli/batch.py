@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from flipkd.cli.guard import OneValueCommand
 from flipkd.cli.options import (
     cache_options,
     common_options,
@@ -31,7 +32,7 @@ from flipkd.config import EncodeConfig, ScoreConfig
 from flipkd.errors import ConfigError
 
 
-@click.command()
+@click.command(cls=OneValueCommand)
 @click.option("--encoder", required=True, help="A sentence-transformers bi-encoder: folder or hub name (owner/name).")
 @click.option("--records", required=True, help="Parquet file or folder.")
 @click.option("--output", required=True, help="Folder of the vector store (local).")
@@ -68,7 +69,7 @@ def encode(as_json: bool, log_level: str, forget: str | None, **options: Any) ->
     report_job(run(config), config.output, as_json)
 
 
-@click.command()
+@click.command(cls=OneValueCommand)
 @click.option("--pairs", required=True, help="Parquet file or folder.")
 @click.option("--output", required=True, help="Folder for the scores.")
 @click.option("--left-column", default="left_id", show_default=True, help="Column of left ids.")
@@ -143,7 +144,7 @@ def score(as_json: bool, log_level: str, dry_run: bool, rescore_scores: str | No
 score.params += stage_options()
 
 
-@click.command()
+@click.command(cls=OneValueCommand)
 @click.argument("folder")
 @click.option("--watch", is_flag=True, help="Follow the job to its end; the exit code is then the job's, 1 if it died.")
 @click.option(

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import click
 
+from flipkd.cli.guard import OneValueCommand
 from flipkd.cli.options import common_options, print_values, set_up_logging
 
 
-@click.command()
+@click.command(cls=OneValueCommand)
 @click.option(
     "--output",
     default="flipkd-demo",

@@ -7,12 +7,13 @@ from typing import Any
 
 import click
 
+from flipkd.cli.guard import OneValueCommand
 from flipkd.cli.options import common_options, print_values, say, set_up_logging
 from flipkd.report.config import EvaluateConfig
 from flipkd.urls import without_secrets
 
 
-@click.command()
+@click.command(cls=OneValueCommand)
 @click.option("--scores", required=True, help="Output of score: Parquet file or folder.")
 @click.option("--output", required=True, help="Folder of the report; with --sample a .parquet file (local).")
 @click.option("--labels", help="Table of labels with the key columns, or a labelled sample. Default: in the scores.")

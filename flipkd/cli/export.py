@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import click
 
+from flipkd.cli.guard import OneValueCommand
 from flipkd.cli.options import common_options, print_values, set_up_logging
 
 
-@click.command()
+@click.command(cls=OneValueCommand)
 @click.option("--run", required=True, help="Folder of a finished training run.")
 @click.option("--output", required=True, help="Folder of the encoder (local).")
 @click.option("--student", help="Folder of the student's base, if it has moved since the training.")

@@ -6,15 +6,31 @@ For ``flipkd-batch`` and for the scripts of ``jobs/`` alike.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from typing import Any
 
 import click
 
-from flipkd.cli.options import say
+from flipkd.cli.options import COMMA_SEPARATED, say
 from flipkd.errors import FlipkdError, told_without_data
 
 
-class GuardedCommand(click.Command):
+class OneValueCommand(click.Command):
+    """Refuses an option that takes one value and is given twice; click takes the last one and says nothing."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        given = list(args)  # parsing empties the list
+        rest = super().parse_args(ctx, args)
+        if ctx.resilient_parsing:  # a shell completes
+            return rest
+        for parameter, times in Counter(self.make_parser(ctx).parse_args(given)[2]).items():
+            if times > 1 and isinstance(parameter, click.Option) and not (parameter.is_flag or parameter.multiple):
+                way_out = "join them with commas" if parameter.name in COMMA_SEPARATED else "name one"
+                raise click.UsageError(f"{parameter.opts[0]} stands {times} times and takes one value; {way_out}", ctx)
+        return rest
+
+
+class GuardedCommand(OneValueCommand):
     """Errors that flipkd raises on purpose end in one line and their exit code, without a traceback.
 
     Any other exception is a bug. Its message may quote a record, so its kind and its place in the code are shown alone.

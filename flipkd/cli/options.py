@@ -21,7 +21,7 @@ from flipkd.urls import hide_secrets, without_secrets
 
 F = TypeVar("F", bound=Callable[..., Any])
 # Options that take several values with commas between them; in a configuration file these may be a list.
-_COMMA_SEPARATED = ("columns", "key", "labels", "rescore_labels", "target_modules")
+COMMA_SEPARATED = ("columns", "key", "labels", "rescore_labels", "target_modules")
 _RUN = (
     "ray", "workers", "min_workers", "threads", "gpus", "on_bad_shard", "max_retries", "max_failed_units",
     "stall_timeout_s", "start_timeout_s", "overwrite", "progress", "metrics_file",
@@ -68,7 +68,7 @@ def _value_of(parameter: click.Parameter, value: Any) -> Any:
     if getattr(parameter, "multiple", False):
         return [_text(one) for one in (value if isinstance(value, list) else [value])]
     if isinstance(value, list):
-        if parameter.name not in _COMMA_SEPARATED:
+        if parameter.name not in COMMA_SEPARATED:
             raise click.BadParameter("takes one value, not a list")
         return ",".join(map(_text, value))
     if value is None:

@@ -9,6 +9,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from flipkd.cli.guard import OneValueCommand
 from flipkd.cli.options import (
     common_options,
     forgotten_option,
@@ -62,7 +63,7 @@ def _labels(_: click.Context, __: click.Parameter, value: str | None) -> tuple[s
     return match, no_match
 
 
-@click.command()
+@click.command(cls=OneValueCommand)
 @click.option("--scores", required=True, help="Output folder of score; it must hold the texts, or ids for --records.")
 @click.option("--llm", required=True, help="A run of train, or a Hugging Face decoder: folder or hub name.")
 @click.option("--output", required=True, help="Folder for the copy.")

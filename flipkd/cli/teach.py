@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from flipkd.cli.guard import OneValueCommand
 from flipkd.cli.options import (
     cache_options,
     common_options,
@@ -25,7 +26,7 @@ from flipkd.cli.unused import refuse_unused
 from flipkd.config import DEFAULT_LABEL_COLUMN, TeachConfig
 
 
-@click.command()
+@click.command(cls=OneValueCommand)
 @click.option("--teacher", required=True, help="A bi-encoder or cross-encoder: folder or hub name.")
 @click.option("--pairs", required=True, help="Parquet file or folder.")
 @click.option("--output", required=True, help="Folder for the pairs with teacher scores.")

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from flipkd.cli.guard import OneValueCommand
 from flipkd.cli.options import F, common_options, print_values, run_options, set_up_logging, take_run
 from flipkd.distill.config import OBJECTIVES, LossOptions, TrainConfig
 from flipkd.models.options import LINEAR_LAYERS, STUDENT_POOLINGS, StudentOptions
@@ -94,7 +95,7 @@ def _field_options(kind: type) -> Callable[[F], F]:
     return decorate
 
 
-@click.command()
+@click.command(cls=OneValueCommand)
 @click.option(
     "--student",
     required=True,

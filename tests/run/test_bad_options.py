@@ -122,7 +122,7 @@ BY_RECORDS = "--encoder {encoder} --pairs {place}/pairs --records {place}/record
         ("rescore", RESCORE + "--id-column typo", "no column 'typo'; .*--id-column"),
         ("rescore", RESCORE + "--fit-labels typo", "no column 'typo'"),
         ("rescore", RESCORE + "--engine vllm", "vLLM cannot be imported"),
-        ("rescore", RESCORE + "--records {place}/mixed", "the ids in a.parquet are int64, those in b.parquet"),
+        ("rescore", RESCORE.replace("{left}", "{place}/mixed"), "the ids in a.parquet are int64, those in b.parquet"),
         ("rescore", "--scores {place}/score --llm {llm} --band 40:60 --records {left}", "--band 40:60 holds no"),
         ("encode", ENCODE + "--id-column typo", "no column 'typo'; .*--id-column"),
         ("encode", ENCODE + "--template {{typo}}", "no column 'typo'; .*--template"),
@@ -156,6 +156,10 @@ BY_RECORDS = "--encoder {encoder} --pairs {place}/pairs --records {place}/record
         ("evaluate", "--scores {place}/score --slice typo", "no column 'typo'"),
         ("evaluate", "--scores {place}/score --labels {place}/pairs --key typo", "no column 'typo'"),
         ("evaluate", "--scores {place}/score --precision 7", "--precision must be"),
+        ("score", SCORE + "--pairs {place}/two", "Error: --pairs stands 2 times and takes one value; name one"),
+        ("score", SCORE + "--columns score --columns=left_id", "--columns stands 2 times .*; join them with commas"),
+        ("cascade", CASCADE + "--rescore-budget 2 --rescore-budget 3", "--rescore-budget stands 3 times"),
+        ("evaluate", "--scores {place}/score --scores {place}/cascade", "--scores stands 2 times"),
     ],
 )  # fmt: skip
 def test_a_mistake_deletes_nothing_and_is_told_before_whose_the_folder_is(
