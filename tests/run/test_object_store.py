@@ -27,6 +27,8 @@ from flipkd.data.shards import ShardReader
 from flipkd.errors import ConfigError, FlipkdError, InputError, OutputError
 from flipkd.run import local
 from flipkd.run.encode import encode
+from flipkd.run.manifest import MANIFEST
+from flipkd.run.output import remove_manifest
 from flipkd.run.pipeline import score
 from flipkd.run.status import status
 from tests.run.conftest import World
@@ -87,6 +89,14 @@ def test_the_whole_job_on_an_object_store(world: World, make_pairs: MakePairs, t
     assert score(replace(task, min_score=0.5, run=RunOptions(overwrite=True)))["rows_out"] < 120
     with pytest.raises(ConfigError, match="must be a local folder"):
         encode(EncodeConfig(EncoderOptions(world.encoder), world.left, f"{place}/store"))
+
+
+def test_a_folder_that_lacks_outputs_has_no_manifest_there_either(place: str) -> None:
+    output = open_location(f"{place}/out")
+    remove_manifest(output)  # of a first run there is none, nor a folder
+    commit.write_json(output, MANIFEST, {"complete": True})
+    remove_manifest(output)
+    assert commit.read_json(output, MANIFEST) is None
 
 
 def test_an_upload_that_breaks_off_publishes_nothing(
