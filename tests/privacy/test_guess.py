@@ -89,7 +89,7 @@ def test_what_is_forgotten_is_nowhere(config: EncodeConfig, world: World, tmp_pa
     before = holding(tmp_path, found)
     assert [len(names) for names in before.values()] == [2, 1, 1]
     told = forget(config, str(world.ids))
-    assert told == {"ids": 1, "ids_not_found": 0, "deleted_vectors": 1, "deleted_stores": 1}
+    assert told == {"ids": 1, "ids_not_found": 0, "texts": 1, "deleted_vectors": 1, "deleted_stores": 1}
     assert holding(tmp_path, found) == {"vector": [], "first half": [], "second half": []}
 
 
