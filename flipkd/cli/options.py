@@ -253,8 +253,8 @@ def report_job(manifest: dict[str, Any], output: str, as_json: bool, forgotten: 
     if missing * 2 > manifest["rows_in"]:
         guess = f"was {forgotten} forgotten" if forgotten else "were left and right swapped"
         say(
-            f"warning: {missing} of {manifest['rows_in']} pairs name a record that is not in the tables; {guess}, or "
-            "do the ids come from another table?",
+            f"warning: {missing} of {manifest['rows_in']} pairs name a record that is not in the tables; {guess}, do "
+            "the ids come from another table, or are they written otherwise there (a UUID as bytes, case, zeros)?",
             logging.WARNING,
         )
     if as_json:
