@@ -59,9 +59,9 @@ from flipkd.models.llm_options import LlmOptions
 from flipkd.models.options import StudentOptions
 from flipkd.report.calibrate import fit_platt
 from flipkd.run.combination import COMBINATION_FILE, read_combination
-from flipkd.run.pipeline import score
 from flipkd.run.rescore import rescore
 from flipkd.run.rescore_config import RescoreConfig, budget_rows
+from flipkd.run.score import score
 from flipkd.run.select import ScoreColumn, select_nearest
 from flipkd.run.units import plan_units
 

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from flipkd.report.evaluate import evaluate as evaluate
     from flipkd.run.cascade import score_and_rescore as score_and_rescore
     from flipkd.run.encode import encode as encode
-    from flipkd.run.pipeline import score as score
     from flipkd.run.rescore import rescore as rescore
     from flipkd.run.rescore_config import RescoreConfig as RescoreConfig
+    from flipkd.run.score import score as score
     from flipkd.run.teach import teach as teach
     from flipkd.vectors.rows import VectorRows as VectorRows
     from flipkd.vectors.rows import quantise as quantise
@@ -58,7 +58,7 @@ _HOMES = {
     "load_llm": ("flipkd.models.llm", "load_llm"),
     "quantise": ("flipkd.vectors.rows", "quantise"),
     "rescore": ("flipkd.run.rescore", "rescore"),
-    "score": ("flipkd.run.pipeline", "score"),
+    "score": ("flipkd.run.score", "score"),
     "score_and_rescore": ("flipkd.run.cascade", "score_and_rescore"),
     "score_pairs": ("flipkd.api", "score_pairs"),
     "teach": ("flipkd.run.teach", "teach"),

@@ -133,12 +133,12 @@ def score(as_json: bool, log_level: str, dry_run: bool, rescore_scores: str | No
         report_job(manifest, config.output, as_json, forgotten_option(config))
         return
     refuse_unused(config)  # the LLM of a cascade may read records and texts that scoring does not
-    from flipkd.run import pipeline
+    from flipkd.run import score as score_job
 
     if dry_run:
-        print_values(pipeline.dry_run(config), as_json)
+        print_values(score_job.dry_run(config), as_json)
         return
-    report_job(pipeline.score(config), config.output, as_json, forgotten_option(config))
+    report_job(score_job.score(config), config.output, as_json, forgotten_option(config))
 
 
 score.params += stage_options()

@@ -118,35 +118,6 @@ class ShardReader:
         found = self._file.metadata.metadata or {}
         return {key.decode(errors="replace"): value.decode(errors="replace") for key, value in found.items()}
 
-    def dictionary_widths(self, row_groups: tuple[int, int]) -> dict[str, float]:
-        """Bytes a value, before compression, of the columns that have a dictionary in the first of these row groups.
-
-        A column inside another has both names, as in ``address.city``.
-
-        Args:
-            row_groups: start and stop.
-        """
-        if row_groups[0] == row_groups[1]:
-            return {}
-        with self._naming():
-            group = self._file.metadata.row_group(row_groups[0])
-            chunks = [group.column(place) for place in range(group.num_columns)]
-            return {
-                chunk.path_in_schema: chunk.total_uncompressed_size / max(chunk.num_values, 1)
-                for chunk in chunks
-                if any("DICTIONARY" in encoding for encoding in chunk.encodings)
-            }
-
-    def stored_bytes(self, columns: Sequence[str]) -> int:
-        """Bytes of these columns in the file."""
-        with self._naming():
-            footer, wanted = self._file.metadata, set(columns)
-            paths = [footer.schema.column(place).path for place in range(footer.num_columns)]
-            # Of a column inside another the first name counts.
-            places = [place for place, path in enumerate(paths) if wanted & {path, path.split(".")[0]}]
-            groups = [footer.row_group(index) for index in range(footer.num_row_groups)]
-            return sum(group.column(place).total_compressed_size for group in groups for place in places)
-
     def column_type(self, column: str) -> pa.DataType:
         """Type of a column that is there; those from folder names are strings."""
         return self.schema.field(column).type if column in self.schema.names else pa.string()

@@ -23,10 +23,11 @@ from flipkd.report.pairs import PairCounts
 from flipkd.report.read import NoLabelledPairsError, check_labels
 from flipkd.report.timeline import Span, job_spans
 from flipkd.run.encode import encode
-from flipkd.run.pipeline import score, summary
 from flipkd.run.plan_score import encode_config, plan_score
 from flipkd.run.record_template import template_of_scores
 from flipkd.run.rescore_config import RescoreConfig
+from flipkd.run.score import score
+from flipkd.run.stages import summary
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from flipkd.data.location import open_location
 from flipkd.data.pairs import PairRows
 from flipkd.errors import FlipkdError
 from flipkd.kernels.pair_score import PairScores
-from flipkd.run import pipeline
+from flipkd.run import score as score_job
 from flipkd.run.lock import locked
 from flipkd.run.manifest import MANIFEST, WORK_FOLDER, read_whole_reports
 from flipkd.run.observe import observed
@@ -35,7 +35,8 @@ from flipkd.run.ray_session import ray_session
 from flipkd.run.record_template import template_of_scores
 from flipkd.run.rescore import rescore_planned
 from flipkd.run.rescore_config import RescoreConfig
-from flipkd.run.score import assemble, output_columns
+from flipkd.run.score_unit import assemble, output_columns
+from flipkd.run.stages import summary
 from flipkd.run.units import fingerprint, plan_fingerprint
 
 SCORES = f"{WORK_FOLDER}/scores"
@@ -127,14 +128,14 @@ def score_and_rescore(score: ScoreConfig, rescore: RescoreConfig, scores: str | 
 
 def _run(job: Cascade, own: str) -> dict[str, Any]:
     before = read_json(open_location(job.score.output), MANIFEST)
-    scored = pipeline.score(job.score)
+    scored = score_job.score(job.score)
     if (
         before is not None
         and before["fingerprint"] == scored["fingerprint"]
         and scored["units_resumed"] == scored["units"]
     ):
         scored = before  # of the run that did the work: it tells more of it
-    stages = {**scored.get("stages", {}), "score": pipeline.summary(scored)}
+    stages = {**scored.get("stages", {}), "score": summary(scored)}
     planned = plan_rescore(job.rescore, owns_scores=True)
     return rescore_planned(planned, {_FACT: own, "stages": stages, "stages_complete": scored["complete"]})
 

@@ -22,7 +22,7 @@ from flipkd.config import RunOptions, ScoreConfig
 from flipkd.data.columns import as_numbers
 from flipkd.data.shards import ShardReader
 from flipkd.errors import ConfigError
-from flipkd.run import pipeline
+from flipkd.run import score as score_job
 from flipkd.run.cascade import Cascade, as_cascade, check_cascade
 from flipkd.run.join import record_tables
 from flipkd.run.plan_score import ScorePlan, plan_score
@@ -45,7 +45,7 @@ def dry_run(score: ScoreConfig, rescore: RescoreConfig) -> dict[str, Any]:
     job = as_cascade(score, rescore)
     planned = plan_score(job.score)
     check_cascade(job, planned)
-    plan = pipeline.dry_run(job.score)
+    plan = score_job.dry_run(job.score)
     pairs = planned.job.plan.rows
     if not pairs:
         raise ConfigError(f"--pairs {score.pairs} holds no rows: there is nothing to measure")
@@ -56,8 +56,8 @@ def dry_run(score: ScoreConfig, rescore: RescoreConfig) -> dict[str, Any]:
         copies = pa.concat_tables([sample] * -(-_TIMED_ROWS // sample.num_rows))
         pq.write_table(copies, root / "copies.parquet", row_group_size=-(-copies.num_rows // _TIMED_UNITS))
         small = _for_sample(job, root, sample)
-        first = pipeline.score(replace(small, pairs=str(root / "pairs.parquet"), output=str(root / "scores")))
-        many = pipeline.score(
+        first = score_job.score(replace(small, pairs=str(root / "pairs.parquet"), output=str(root / "scores")))
+        many = score_job.score(
             replace(small, pairs=str(root / "copies.parquet"), output=str(root / "many"), rows_per_unit=1)
         )
         asked = dry_run_rescore(

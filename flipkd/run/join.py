@@ -18,9 +18,9 @@ from flipkd.data.records import Texts
 from flipkd.data.shards import ShardReader, each_file
 from flipkd.record_sides import RecordSide
 from flipkd.run.manifest import UnitReport
+from flipkd.run.pair_unit import ScoredBatch, StageClock, write_scored
 from flipkd.run.record_schema import RecordSchema
-from flipkd.run.score import TEXT_BATCH_ROWS
-from flipkd.run.scored import ScoredBatch, StageClock, write_scored
+from flipkd.run.score_unit import TEXT_BATCH_ROWS
 from flipkd.run.units import Plan, WorkUnit, plan_units
 
 # uint8 position in ``flipkd.data.pairs.REASONS``: why a pair has not got both texts.

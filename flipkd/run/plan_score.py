@@ -28,7 +28,7 @@ from flipkd.run.job import Job, check_device
 from flipkd.run.manifest import WORK_FOLDER
 from flipkd.run.output import remove_stale_work
 from flipkd.run.overlap import real_uri, refuse_overlap
-from flipkd.run.score import ScoreTask, ScoreWorker, output_columns
+from flipkd.run.score_unit import ScoreTask, ScoreWorker, output_columns
 from flipkd.run.units import Plan, fingerprint, plan_units, work_name
 from flipkd.vectors.id_types import check_ids_fit
 from flipkd.vectors.layout import check_files, is_sealed, read_header
@@ -283,7 +283,7 @@ def _check_pairs(
         task: of the job.
         id_kinds: how the ids of the left and the right records are compared; None for texts.
         schemas: by name; this one is added.
-        passed_bytes: by name, bytes of the columns that are passed on; likewise.
+        passed_bytes: by name, size of the file where any column of it is passed on; likewise.
         shard: the file.
         reader: of it.
 
@@ -300,7 +300,7 @@ def _check_pairs(
     passed = [name for name in output_columns(task, reader.schema.names, folders) if name not in SCORE_COLUMNS]
     reader.check_columns(passed, f"--columns also knows {', '.join(SCORE_COLUMNS)}")
     schemas[shard.name] = reader.schema
-    passed_bytes[shard.name] = reader.stored_bytes(passed)
+    passed_bytes[shard.name] = shard.size_bytes if passed else 0
 
 
 def _output_bytes(config: ScoreConfig, plan: Plan, passed_bytes: Mapping[str, int]) -> int:

@@ -35,11 +35,11 @@ from flipkd.run.manifest import UnitReport
 from flipkd.run.observe import observed
 from flipkd.run.output import remove_otherwise_made
 from flipkd.run.overlap import refuse_other_kind
+from flipkd.run.pair_unit import ScoredBatch, StageClock, reason_column, write_scored
 from flipkd.run.plan_rescore import LLM_PROBABILITY, RESCORE_REASON, RescorePlan, plan_rescore
 from flipkd.run.ray_session import ray_session
 from flipkd.run.rescore_config import RescoreConfig, budget_rows
-from flipkd.run.score import TEXT_BATCH_ROWS
-from flipkd.run.scored import ScoredBatch, StageClock, reason_column, write_scored
+from flipkd.run.score_unit import TEXT_BATCH_ROWS
 from flipkd.run.select import Band, Selection, select_nearest
 from flipkd.run.units import WorkUnit
 

@@ -15,7 +15,7 @@ from flipkd.run.job import available_cores
 from flipkd.run.plan_rescore import RescorePlan, plan_rescore
 from flipkd.run.rescore import RescoreWorker, rescore_task, select_pairs
 from flipkd.run.rescore_config import RescoreConfig
-from flipkd.run.score import TEXT_BATCH_ROWS
+from flipkd.run.score_unit import TEXT_BATCH_ROWS
 from flipkd.run.select import Selection
 
 # Pairs that are asked, to measure how long one takes: our choice, some seconds for a small model on a CPU.

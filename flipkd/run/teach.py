@@ -19,6 +19,7 @@ from flipkd.data.location import Location
 from flipkd.data.teacher_scores import TEACHER_VECTORS
 from flipkd.errors import OutputError
 from flipkd.models.folder import absolute_model
+from flipkd.run.inline import encode_inline
 from flipkd.run.job import Job, begin, run_job
 from flipkd.run.join import JoinTask, JoinWorker, joined_plan
 from flipkd.run.local import UnitFunction
@@ -27,10 +28,10 @@ from flipkd.run.manifest import WORK_FOLDER
 from flipkd.run.observe import observed
 from flipkd.run.output import remove_folder, remove_stale_work
 from flipkd.run.overlap import refuse_other_kind
-from flipkd.run.pipeline import encode_inline, skipped_before, stages_told, summary
 from flipkd.run.plan_teach import TeachPlan, plan_teach
 from flipkd.run.ray_session import ray_session
-from flipkd.run.teach_units import BiEncoderWorker, CrossEncoderWorker, TeachTask
+from flipkd.run.stages import skipped_before, stages_told, summary
+from flipkd.run.teach_unit import BiEncoderWorker, CrossEncoderWorker, TeachTask
 from flipkd.run.texts import TEXT_COLUMN, TextsTask
 from flipkd.run.units import Plan, plan_fingerprint, without_failed, work_name
 

@@ -28,7 +28,7 @@ from flipkd.data.pairs import REASONS
 from flipkd.data.records import is_bytes_like
 from flipkd.errors import FlipkdError
 from flipkd.run.encode import encode
-from flipkd.run.pipeline import score
+from flipkd.run.score import score
 from flipkd.run.teach import teach
 from flipkd.run.texts import TextsTask, TextsWorker
 from flipkd.run.units import plan_units

@@ -36,7 +36,7 @@ from flipkd.data.record_texts import read_record_texts
 from flipkd.data.shards import ShardReader
 from flipkd.errors import ConfigError, FlipkdError, InputError
 from flipkd.run.encode import encode
-from flipkd.run.pipeline import score
+from flipkd.run.score import score
 from flipkd.run.teach import teach
 from flipkd.run.units import WorkUnit
 from tests.conftest import WriteParquet

@@ -23,7 +23,7 @@ from flipkd.config import EncoderOptions, ScoreConfig
 from flipkd.data.location import Location, open_location
 from flipkd.run import encode as encode_module
 from flipkd.run.lock import locked
-from flipkd.run.pipeline import score
+from flipkd.run.score import score
 from tests.nightly.conftest import CHANGED, FIRST, GOLD, RECORDS, SECOND, THIRD, Bank, gold_table
 from tests.run.test_kill import contents
 

@@ -12,7 +12,7 @@ from functools import partial
 from flipkd.cli import main
 from flipkd.run import plan_score
 from flipkd.run.manifest import UnitReport
-from flipkd.run.score import ScoreTask
+from flipkd.run.score_unit import ScoreTask
 from flipkd.run.units import WorkUnit
 from jobs.nightly import nightly
 from tests.privacy.canary import ID, TEXT

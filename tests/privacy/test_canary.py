@@ -256,18 +256,18 @@ def test_an_unexpected_error_shows_its_place_alone(
     def broken(*_: object) -> None:
         raise KeyError(f"no such key: {TEXT} of {ID}")
 
-    monkeypatch.setattr("flipkd.run.score.assemble", broken)
+    monkeypatch.setattr("flipkd.run.score_unit.assemble", broken)
     options = ["--encoder", minilm_dir, "--pairs", world.inline, "--output", tmp_path / "out"]
     metrics = tmp_path / "broken.prom"
     told = said("score", *options, "--metrics-file", metrics, code=1)
-    assert "builtins.KeyError in run/score.py:" in told
+    assert "builtins.KeyError in run/score_unit.py:" in told
     assert not words_in(metrics.read_text())
 
 
 KILLED = """
 import os, signal, sys
 from flipkd.cli import main
-from flipkd.run import score
+from flipkd.run import score_unit
 
 def call(self, unit):
     os.kill(os.getpid(), signal.SIGKILL)

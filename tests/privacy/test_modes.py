@@ -27,9 +27,9 @@ from flipkd.models.options import StudentOptions
 from flipkd.report.config import EvaluateConfig
 from flipkd.report.evaluate import evaluate
 from flipkd.run.encode import encode
-from flipkd.run.pipeline import score
 from flipkd.run.rescore import rescore
 from flipkd.run.rescore_config import RescoreConfig
+from flipkd.run.score import score
 from flipkd.run.teach import teach
 from flipkd.vectors.cache import KEY_FILE, open_cache
 from tests.privacy.canary import TEXT, World

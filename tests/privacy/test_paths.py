@@ -37,7 +37,7 @@ from flipkd.run.encode import encode
 from flipkd.run.lock import locked
 from flipkd.run.manifest import MANIFEST, PLAN
 from flipkd.run.output import list_outputs
-from flipkd.run.pipeline import score
+from flipkd.run.score import score
 from flipkd.run.status import status
 from flipkd.vectors.layout import HEADER_FILE
 from flipkd.vectors.store import VectorStore

@@ -9,7 +9,7 @@ from pathlib import Path
 from flipkd.config import EncoderOptions, ScoreConfig
 from flipkd.report.pictures import time_line
 from flipkd.report.timeline import Span, job_spans, span_rows
-from flipkd.run.pipeline import score
+from flipkd.run.score import score
 from tests.conftest import WriteParquet
 
 

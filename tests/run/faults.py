@@ -21,7 +21,7 @@ from functools import partial
 from flipkd.cli import main
 from flipkd.run import plan_score
 from flipkd.run.manifest import UnitReport
-from flipkd.run.score import ScoreTask, ScoreWorker
+from flipkd.run.score_unit import ScoreTask, ScoreWorker
 from flipkd.run.units import WorkUnit
 
 # So much is taken before the process waits to be killed: what a killer can see, and no machine minds.

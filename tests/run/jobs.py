@@ -15,9 +15,9 @@ from flipkd.config import EncodeConfig, EncoderOptions, RunOptions, ScoreConfig,
 from flipkd.models.llm_options import LlmOptions
 from flipkd.run.cascade import score_and_rescore
 from flipkd.run.encode import encode
-from flipkd.run.pipeline import score
 from flipkd.run.rescore import rescore
 from flipkd.run.rescore_config import RescoreConfig
+from flipkd.run.score import score
 from flipkd.run.teach import teach
 from tests.run.conftest import RECORDS, World, record_id
 

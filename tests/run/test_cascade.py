@@ -26,9 +26,9 @@ from flipkd.models.folder import FLIPKD_FILE
 from flipkd.models.llm_options import LlmOptions
 from flipkd.run.cascade import score_and_rescore
 from flipkd.run.cascade_cost import dry_run
-from flipkd.run.pipeline import score
 from flipkd.run.rescore import rescore
 from flipkd.run.rescore_config import RescoreConfig
+from flipkd.run.score import score
 from flipkd.run.status import status
 from tests.run.conftest import World
 from tests.run.test_kill import contents

@@ -21,7 +21,7 @@ import pytest
 
 from benchmarks.score import write_store
 from flipkd.config import ScoreConfig
-from flipkd.run.pipeline import score
+from flipkd.run.score import score
 from tests.run import chaos
 from tests.run.chaos import UNITS, Fault, Run, Site
 from tests.run.ray_cluster import Cluster, running_cluster

@@ -26,10 +26,10 @@ from flipkd.config import EncodeConfig, EncoderOptions, RunOptions, ScoreConfig
 from flipkd.errors import ClusterError, ConfigError
 from flipkd.models.llm_options import LlmOptions
 from flipkd.run.encode import encode
-from flipkd.run.pipeline import score
 from flipkd.run.ray_session import ray_session
 from flipkd.run.rescore import rescore
 from flipkd.run.rescore_config import RescoreConfig
+from flipkd.run.score import score
 from tests.run.conftest import RECORDS, World, record_id
 from tests.run.faults import QUOTED
 from tests.run.ray_cluster import ENVIRONMENT, Cluster, free_port, running_cluster, wait_until, worker_log

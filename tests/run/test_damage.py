@@ -25,7 +25,7 @@ from flipkd.errors import ConfigError, FlipkdError, InputError
 from flipkd.run.encode import encode
 from flipkd.run.manifest import read_output
 from flipkd.run.output import list_outputs
-from flipkd.run.pipeline import score
+from flipkd.run.score import score
 from flipkd.run.status import status
 from flipkd.run.store_folder import sealed_header
 from flipkd.vectors.cache import open_cache
@@ -233,7 +233,9 @@ def test_a_damaged_store_is_an_error_or_finite_scores(tmp_path: Path, kind: str)
     generator = np.random.default_rng(1)
     numbers = generator.permutation(RECORDS)
     ids = pa.array(numbers, pa.int64()) if kind == "int64" else pa.array([f"record {number}" for number in numbers])
-    write_store(tmp_path / "store", ids, generator.standard_normal((RECORDS, 16), dtype=np.float32), "float32")
+    vectors = generator.standard_normal((RECORDS, 16), dtype=np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    write_store(tmp_path / "store", ids, vectors, "float32")
     (tmp_path / "pairs").mkdir()
     chosen = [ids.take(pa.array(generator.integers(0, RECORDS, 500))) for _ in range(2)]
     pq.write_table(pa.table(chosen, ["left_id", "right_id"]), tmp_path / "pairs/part.parquet")

@@ -20,7 +20,7 @@ from flipkd.models import folder as folder_module
 from flipkd.models.encoder import load_encoder
 from flipkd.models.folder import folder_fingerprint
 from flipkd.run.manifest import UnitReport
-from flipkd.run.pipeline import dry_run, score
+from flipkd.run.score import dry_run, score
 from flipkd.run.texts import TextsWorker
 from flipkd.run.units import WorkUnit
 from tests.run.conftest import RECORDS, World
@@ -182,13 +182,13 @@ def test_a_killed_encode_stage_is_resumed(world: World, tmp_path: Path, monkeypa
     left, right = world.texts
     task = inline(tmp_path, world.encoder, [texts(left, right)], columns=("score",))
     score(replace(task, output=str(tmp_path / "undisturbed")))
-    from flipkd.run import pipeline
+    import flipkd.run.inline as stage
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "encode_planned", killed)
+        patch.setattr(stage, "encode_planned", killed)
         with pytest.raises(KeyboardInterrupt):
             score(task)
     assert os.listdir(tmp_path / "out/.flipkd") != ["lock"]
@@ -301,7 +301,7 @@ def test_texts_of_a_broken_off_run_go_when_another_takes_its_place(
         raise InputError("the power went away")
 
     with monkeypatch.context() as patch:
-        patch.setattr("flipkd.run.pipeline.encode_planned", broken)
+        patch.setattr("flipkd.run.inline.encode_planned", broken)
         for config in (task, replace(task, output=str(tmp_path / "other"))):
             with pytest.raises(InputError, match="power"):
                 score(config)

@@ -30,8 +30,8 @@ from flipkd.run import local, lock
 from flipkd.run.encode import encode
 from flipkd.run.lock import check_locks, is_locked, locked
 from flipkd.run.manifest import UnitReport
-from flipkd.run.pipeline import score
-from flipkd.run.score import ScoreWorker
+from flipkd.run.score import score
+from flipkd.run.score_unit import ScoreWorker
 from flipkd.run.units import WorkUnit
 from tests.run.conftest import World
 
@@ -311,9 +311,7 @@ def test_a_disk_that_is_too_small_is_told_in_a_unit_that_fits(
     """It was 0 MB of 0 MB, and encode was advised to use an option of score."""
     free = shutil.disk_usage(tmp_path)._replace(free=1234)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
-    told = (
-        r"out needs about \d+\.\d+ kB and the disk has 1.234 kB free; free some space, write fewer columns \(--columns"
-    )
+    told = r"out needs about [\d.]+ kB and the disk has 1.234 kB free; free some space, write fewer columns \(--columns"
     with pytest.raises(OutputError, match=told):
         score(config(world, make_pairs(rows=300), tmp_path / "out"))
     with pytest.raises(OutputError, match=r"needs about .* kB .*; free some space, or choose another --output$"):

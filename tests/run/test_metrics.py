@@ -121,7 +121,7 @@ def test_a_failure_keeps_the_time_of_the_last_success(
     def unreadable(*_: object) -> UnitReport:
         raise InputError("part-000.parquet: damaged")
 
-    monkeypatch.setattr("flipkd.run.score.ScoreWorker.__call__", unreadable)
+    monkeypatch.setattr("flipkd.run.score_unit.ScoreWorker.__call__", unreadable)
     assert run("c", "--on-bad-shard", "skip") == 3
     assert parse(path.read_text())["flipkd_units_failed_total", (("kind", "score"),)] == 3
     (pairs / "part-001.parquet").unlink()

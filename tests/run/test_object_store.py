@@ -29,7 +29,7 @@ from flipkd.run import local
 from flipkd.run.encode import encode
 from flipkd.run.manifest import MANIFEST
 from flipkd.run.output import remove_manifest
-from flipkd.run.pipeline import score
+from flipkd.run.score import score
 from flipkd.run.status import status
 from tests.run.conftest import World
 from tests.run.test_score import read_scores

@@ -14,8 +14,8 @@ from flipkd.errors import ConfigError
 from flipkd.models.llm_options import LlmOptions
 from flipkd.models.options import StudentOptions
 from flipkd.report.config import EvaluateConfig
-from flipkd.run.pipeline import score
 from flipkd.run.rescore_config import RescoreConfig
+from flipkd.run.score import score
 from tests.run.conftest import World
 from tests.run.test_score import MakePairs
 

@@ -27,11 +27,11 @@ from flipkd.record_sides import RecordSide
 from flipkd.run.cascade import score_and_rescore
 from flipkd.run.cascade_cost import dry_run
 from flipkd.run.encode import encoder_fingerprint
-from flipkd.run.pipeline import score
 from flipkd.run.plan_score import plan_score
 from flipkd.run.plan_teach import plan_teach
 from flipkd.run.rescore import rescore
 from flipkd.run.rescore_config import RescoreConfig
+from flipkd.run.score import score
 from flipkd.run.teach import teach
 from flipkd.run.units import fingerprint
 from tests.run.conftest import World

@@ -466,7 +466,9 @@ def test_pairs_without_a_finite_answer_end_the_job_and_are_named_by_row(
     # A row that has no text, and one that has no score, stand before: the rows that are named are the file's.
     texts[12] = ""
     pq.write_table(table.set_column(1, "left_text", pa.array(texts)), scores / "part-0.parquet", row_group_size=40)
-    arguments = [*options(scores, broken, tmp_path / "out"), "--budget", "100%", "--rows-per-unit", "11"]
+    arguments = options(scores, broken, tmp_path / "out")
+    for name, value in (("--budget", "100%"), ("--rows-per-unit", "11")):
+        arguments[arguments.index(name) + 1] = value
     done = CliRunner().invoke(main, arguments)
     assert done.exit_code == 1
     assert "for 2 pairs of part-0.parquet" in done.output

@@ -26,8 +26,8 @@ from flipkd.data.location import open_location
 from flipkd.errors import ConfigError, FlipkdError, InputError, OutputError
 from flipkd.run.encode import encode
 from flipkd.run.manifest import UnitReport
-from flipkd.run.pipeline import dry_run, score
-from flipkd.run.score import ScoreWorker
+from flipkd.run.score import dry_run, score
+from flipkd.run.score_unit import ScoreWorker
 from flipkd.run.status import status
 from flipkd.run.teach import teach
 from flipkd.run.units import WorkUnit, plan_units
@@ -670,7 +670,7 @@ def test_a_full_disk_is_noticed_before_work_starts(
 
     usage = output.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(output.shutil, "disk_usage", lambda _: usage._replace(free=10))
-    with pytest.raises(OutputError, match="MB free"):
+    with pytest.raises(OutputError, match="and the disk has 10 bytes free"):
         score(config(world, make_pairs(), tmp_path / "out"))
 
 

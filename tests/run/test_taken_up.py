@@ -17,13 +17,13 @@ from flipkd.errors import OutputError
 from flipkd.models.llm_options import LlmOptions
 from flipkd.report.config import EvaluateConfig
 from flipkd.report.evaluate import evaluate
-from flipkd.run import pipeline
+from flipkd.run import score as score_job
 from flipkd.run.cascade import score_and_rescore
 from flipkd.run.encode import PARTS, encode
 from flipkd.run.forget import forget
 from flipkd.run.rescore import rescore
 from flipkd.run.rescore_config import RescoreConfig
-from flipkd.run.score import ScoreWorker
+from flipkd.run.score_unit import ScoreWorker
 from flipkd.run.units import WorkUnit
 from flipkd.vectors.store import VectorStore
 
@@ -83,9 +83,9 @@ def test_texts_of_a_unit_that_can_be_read_again_are_encoded(
     with monkeypatch.context() as patch:
         patch.setattr(ScoreWorker, "__call__", die)
         with pytest.raises(DiedError):
-            pipeline.score(config("out"))
+            score_job.score(config("out"))
     damage.mend()
-    found, wanted = pipeline.score(config("out")), pipeline.score(config("whole"))
+    found, wanted = score_job.score(config("out")), score_job.score(config("whole"))
     assert found["complete"]
     assert found["reasons"] == wanted["reasons"] == {}
     columns = ["left_text", "score", "reason"]
@@ -108,13 +108,13 @@ def test_records_are_taken_up_by_the_same_command(world: World, tmp_path: Path, 
     damage.mend()
     pairs = write(tmp_path / "pairs.parquet", left_id=["a0", "b1"], right_id=["a1", "a2"])
     score = ScoreConfig(str(pairs), str(tmp_path / "out"), store=config.output)
-    assert pipeline.score(score)["reasons"] == {"missing_record": 1}
-    assert pipeline.score(score)["units_resumed"] == 1
+    assert score_job.score(score)["reasons"] == {"missing_record": 1}
+    assert score_job.score(score)["units_resumed"] == 1
     manifest = encode(config)
     assert manifest["complete"]
     assert manifest["units_resumed"] == 1
     with pytest.raises(OutputError, match="of another run, or of input that has changed"):
-        pipeline.score(score)
+        score_job.score(score)
     assert len(VectorStore.open(tmp_path / "store")) == 8
     assert not (tmp_path / "store" / PARTS).exists()
     assert encode(config) == {**manifest, "units_resumed": 2, "rows_per_second": 0.0}
@@ -149,11 +149,11 @@ def test_pairs_are_scored_again_with_records_that_can_be_read_again(
     with monkeypatch.context() as patch:
         patch.setattr(ScoreWorker, "__call__", die_at_b)
         with pytest.raises(DiedError):
-            pipeline.score(config("out"))
+            score_job.score(config("out"))
     (first,) = (tmp_path / "out").glob("a*.parquet")
     assert pq.read_table(first).column("reason").to_pylist() == ["missing_record", "missing_record", None]
     damage.mend()
-    found, wanted = pipeline.score(config("out")), pipeline.score(config("whole"))
+    found, wanted = score_job.score(config("out")), score_job.score(config("whole"))
     assert found["complete"]
     assert found["reasons"] == wanted["reasons"] == {}
     assert rows(tmp_path / "out", ["score", "reason"]) == rows(tmp_path / "whole", ["score", "reason"])
@@ -171,7 +171,7 @@ def test_a_finished_partial_job_takes_up_records_that_can_be_read_again(
     damage = Unreadable(tmp_path / "records" / "b.parquet", b"b word 2")
 
     def run(output: str) -> dict[str, Any]:
-        return pipeline.score(
+        return score_job.score(
             ScoreConfig(
                 str(tmp_path / "pairs"),
                 str(tmp_path / output),
@@ -247,7 +247,7 @@ def test_columns_of_string_views_are_taken_everywhere(world: World, llm: LlmOpti
     pairs = write(tmp_path / "pairs.parquet", left_text=view(["a", "b"]), right_text=view(["a", "c"]))
     encoder = EncoderOptions(str(world.encoder))
     for name, options in (("plain", {}), ("min", {"min_score": 0.9}), ("top", {"top_k": 1})):
-        manifest = pipeline.score(ScoreConfig(str(pairs), str(tmp_path / name), encoder=encoder, **options))
+        manifest = score_job.score(ScoreConfig(str(pairs), str(tmp_path / name), encoder=encoder, **options))
         assert manifest["rows_out"] == (1 if name == "min" else 2)
         assert pq.read_table(tmp_path / name).schema.field("left_text").type == pa.string_view()
     asked = rescore(RescoreConfig(llm, str(tmp_path / "plain"), str(tmp_path / "asked"), band=(-1.0, 1.0)))

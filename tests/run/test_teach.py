@@ -431,7 +431,7 @@ def test_a_killed_stage_is_resumed(
 ) -> None:
     pairs = make_pairs(files=2)
     teach(id_pairs(world, pairs, tmp_path / "undisturbed"))
-    from flipkd.run import pipeline
+    from flipkd.run import inline
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
@@ -445,8 +445,8 @@ def test_a_killed_stage_is_resumed(
 
     task = id_pairs(world, pairs, tmp_path / "out")
     faults = [
-        (pipeline, "merge_texts", killed),
-        (pipeline, "encode_planned", killed),
+        (inline, "merge_texts", killed),
+        (inline, "encode_planned", killed),
         (os, "replace", killed_at_the_end),
     ]
     for module, name, fault in faults:

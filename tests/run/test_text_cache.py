@@ -24,12 +24,13 @@ from flipkd.cli import main
 from flipkd.config import EncodeConfig, EncoderOptions, ScoreConfig, TeachConfig
 from flipkd.errors import ConfigError, OutputError
 from flipkd.models import encoder as encoder_module
-from flipkd.run import cached_encoder, pipeline
+from flipkd.run import cached_encoder
+from flipkd.run import score as score_job
 from flipkd.run.encode import encode
 from flipkd.run.forget import forget
 from flipkd.run.kept_stores import in_use, remove_older
-from flipkd.run.pipeline import score
 from flipkd.run.plan_score import plan_score
+from flipkd.run.score import score
 from flipkd.run.teach import teach
 from flipkd.vectors.store import STATUS_TRUNCATED, VectorStore
 from tests.run.conftest import RECORDS, World, record_id
@@ -238,7 +239,7 @@ def test_the_store_of_an_earlier_night_goes_unless_a_job_uses_it(
 
     # Killed after its manifest, before it deletes: the same call does it.
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "remove_older", lambda plans: None)
+        patch.setattr(score_job, "remove_older", lambda plans: None)
         write_records(tmp_path / "records", world.texts[0][1:])
         last = replace(config, output=str(tmp_path / "4"))
         score(last)

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 
 from flipkd.cli import main
 from flipkd.config import ScoreConfig
-from flipkd.run import pipeline
+from flipkd.run import score as score_job
 from flipkd.run.job import Job
-from flipkd.run.pipeline import score
+from flipkd.run.score import score
 from flipkd.run.status import status
 from flipkd.run.top_k import best_positions
 from tests.run.conftest import World
@@ -76,13 +76,13 @@ def test_the_best_of_each_left_record_over_all_files(
 def test_what_is_kept_reaches_a_worker_through_the_disk(
     world: World, make_pairs: MakePairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes, run_job = {}, pipeline.run_job
+    sizes, run_job = {}, score_job.run_job
 
     def watched(job: Job, *rest: Any) -> dict[str, Any]:
         sizes[job.kind] = len(pickle.dumps(job.make_worker))
         return run_job(job, *rest)
 
-    monkeypatch.setattr(pipeline, "run_job", watched)
+    monkeypatch.setattr(score_job, "run_job", watched)
     stores = {"store": world.left_store, "right_store": world.right_store}
     manifest = score(ScoreConfig(str(make_pairs(files=2, rows=3000)), str(tmp_path / "out"), **stores, top_k=1000))
     assert manifest["rows_out"] > 5000

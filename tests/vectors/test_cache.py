@@ -42,8 +42,9 @@ def texts_of(numbers: Sequence[int]) -> pa.LargeStringArray:
 
 def rows_of(numbers: Sequence[int], dtype: str = "int8", dim: int = DIM) -> VectorRows:
     """The same vector for a number in every process."""
-    vectors = [np.random.default_rng(number).standard_normal(dim, np.float32) for number in numbers]
-    return quantise(np.array(vectors, np.float32).reshape(len(numbers), dim), dtype)
+    random = [np.random.default_rng(number).standard_normal(dim, np.float32) for number in numbers]
+    vectors = np.array(random, np.float32).reshape(len(numbers), dim)
+    return quantise(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), dtype)
 
 
 def status_of(numbers: Sequence[int]) -> np.ndarray:

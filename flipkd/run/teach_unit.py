@@ -18,8 +18,8 @@ from flipkd.data.teacher_scores import TEACHER_SCORE, TeacherFacts
 from flipkd.kernels.pair_score import pair_score
 from flipkd.run.join import JOIN_REASON
 from flipkd.run.manifest import UnitReport
-from flipkd.run.score import TEXT_BATCH_ROWS
-from flipkd.run.scored import ScoredBatch, StageClock, reason_column, write_scored
+from flipkd.run.pair_unit import ScoredBatch, StageClock, reason_column, write_scored
+from flipkd.run.score_unit import TEXT_BATCH_ROWS
 from flipkd.run.units import WorkUnit
 from flipkd.vectors.store import VectorStore
 

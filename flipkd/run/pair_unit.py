@@ -88,7 +88,7 @@ def write_scored(
         while (table := clock.timed("read", next, batches, None)) is not None:
             scored = score(table, clock)
             if writer is None:
-                options = write_options(scored.table, reader.dictionary_widths(unit.row_groups))
+                options = write_options(scored.table)
                 schema = _with_whole_table(scored.table.schema, reader)
                 shard = ShardWriter(output, unit.output, schema, dict(metadata or {}), options)
                 writer = stack.enter_context(shard)
