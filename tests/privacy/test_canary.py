@@ -271,7 +271,7 @@ from flipkd.run import score_unit
 
 def call(self, unit):
     os.kill(os.getpid(), signal.SIGKILL)
-score.ScoreWorker.__call__ = call
+score_unit.ScoreWorker.__call__ = call
 main(sys.argv[1:])
 """
 
