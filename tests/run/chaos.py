@@ -72,9 +72,11 @@ class Run:
         command = [
             sys.executable, "-m", "tests.run.faults", str(delay_s), fault, "score",
             "--pairs", str(self.site.pairs), "--output", str(self.output), "--store", str(self.site.store),
-            "--rows-per-unit", "1", "--stall-timeout-s", str(STALL_S), "--start-timeout-s", str(STALL_S), "--json",
-            *where, *options,
+            "--rows-per-unit", "1", "--json", *where, *options,
         ]  # fmt: skip
+        for limit in ("--stall-timeout-s", "--start-timeout-s"):
+            if limit not in options:
+                command += [limit, str(STALL_S)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
         self.processes.append(process)
         return process
