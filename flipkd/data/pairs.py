@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from flipkd.data.records import Texts, as_text, normalise, text_digests
+from flipkd.data.shards import ShardReader
+from flipkd.vectors.id_types import check_ids_fit
 from flipkd.vectors.layout import STATUS_INVALID_TEXT, STATUS_MISSING_TEXT, STATUS_TRUNCATED
 
 if TYPE_CHECKING:
@@ -54,6 +57,27 @@ class PairRows:
     right: Rows
     reason: npt.NDArray[np.uint8] | None
     truncated: npt.NDArray[np.bool_] | None
+
+
+def check_pair_columns(reader: ShardReader, columns: Sequence[str], id_kinds: Sequence[str]) -> None:
+    """Looks at the columns that name the two sides of pairs, so that what cannot be used fails before any work.
+
+    Args:
+        reader: of one file of pairs.
+        columns: the left and the right one.
+        id_kinds: how the ids of the left and the right records are compared, or of both; none for texts.
+
+    Raises:
+        ConfigError: a column is missing, or there twice.
+        ColumnError: it is of a type that cannot be used.
+    """
+    reader.check_columns(columns, IDS_MISSING if id_kinds else TEXTS_MISSING)
+    for place, column in enumerate(columns):
+        kind = reader.column_type(column)
+        if id_kinds:
+            check_ids_fit(kind, column, id_kinds[min(place, len(id_kinds) - 1)])
+        else:
+            as_text(pa.array([], kind), column)
 
 
 def resolve_ids(

@@ -90,8 +90,9 @@ def _own_forward(folder: ModelFolder, dtype: torch.dtype, device: torch.device) 
         NotPlainError: none computes it.
         ModelError: a weight is not finite.
     """
-    for name in sorted({*folder.config_settings, *(set(folder.model_settings) - {"add_pooling_layer"})}):
-        raise NotPlainError(f"its sentence_*_config.json sets {name}")
+    settings = {*folder.config_settings, *folder.model_settings} - {"add_pooling_layer"}
+    if settings:
+        raise NotPlainError(f"its sentence_*_config.json sets {min(settings)}")
     if read_json(folder.transformer_path / "config.json").get("model_type") == "bert":
         bert = load_bert(folder.transformer_path, dtype, device)
         return Backbone(bert, bert.width, bert.position_limit, mixes_lengths=True)

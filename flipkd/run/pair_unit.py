@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from flipkd.data.commit import ShardWriter, write_options
+from flipkd.data.commit import ShardWriter
+from flipkd.data.encodings import write_options
 from flipkd.data.location import Location
 from flipkd.data.pairs import REASONS
 from flipkd.data.shards import ShardReader

@@ -13,7 +13,7 @@ from flipkd.data.commit import read_json
 from flipkd.data.find import Shard, find_shards
 from flipkd.data.labels import read_labels
 from flipkd.data.location import Location, open_location
-from flipkd.data.records import as_text
+from flipkd.data.pairs import check_pair_columns
 from flipkd.data.shards import ShardReader
 from flipkd.errors import ConfigError, InputError
 from flipkd.models.llm import load_prompts, read_llm
@@ -26,7 +26,6 @@ from flipkd.run.rescore_config import RescoreConfig
 from flipkd.run.select import ScoreColumn
 from flipkd.run.units import Footer, Plan, cut_units, fingerprint, read_footers
 from flipkd.urls import without_secrets
-from flipkd.vectors.id_types import check_ids_fit
 
 LLM_PROBABILITY, RESCORE_REASON = "llm_probability", "rescore_reason"
 _ADDED = (LLM_PROBABILITY, RESCORE_REASON)
@@ -211,7 +210,6 @@ def _check_shard(
             "--right-text, or give --records (--rescore-records) for pairs of ids; score must have passed them on "
             "(--columns)"
         )
-    reader.check_columns(config.pair_columns)
     has_probability = "probability" in names
     if not has_probability or config.combine is not None or config.fit_labels is not None:
         _check_numbers(reader, source, "score")
@@ -221,12 +219,7 @@ def _check_shard(
         reader.check_columns([config.fit_labels])
         none = pa.chunked_array([], reader.column_type(config.fit_labels))
         read_labels(none, config.fit_labels, source)
-    for place, column in enumerate(config.pair_columns):
-        kind = reader.column_type(column)
-        if kinds:
-            check_ids_fit(kind, column, kinds[min(place, len(kinds) - 1)])
-        else:
-            as_text(pa.array([], kind), column)
+    check_pair_columns(reader, config.pair_columns, kinds)
     return has_probability, "match" in names
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import posixpath
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,8 +17,7 @@ from flipkd.data.calibration import as_json, read_calibration
 from flipkd.data.commit import read_json
 from flipkd.data.find import Shard, find_shards
 from flipkd.data.location import Location, open_location
-from flipkd.data.pairs import IDS_MISSING, TEXTS_MISSING
-from flipkd.data.records import as_text
+from flipkd.data.pairs import check_pair_columns
 from flipkd.data.shards import ShardReader
 from flipkd.errors import ConfigError
 from flipkd.record_sides import RecordSide
@@ -30,7 +29,6 @@ from flipkd.run.output import remove_stale_work
 from flipkd.run.overlap import real_uri, refuse_overlap
 from flipkd.run.score_unit import ScoreTask, ScoreWorker, output_columns
 from flipkd.run.units import Plan, fingerprint, plan_units, work_name
-from flipkd.vectors.id_types import check_ids_fit
 from flipkd.vectors.layout import check_files, is_sealed, read_header
 
 # Key of the manifest: fingerprint of the encoder whose scores these are.
@@ -141,8 +139,7 @@ def plan_score(config: ScoreConfig) -> ScorePlan:
         min_score=config.min_score,
     )
     schemas: dict[str, pa.Schema] = {}
-    passed_bytes: dict[str, int] = {}
-    check = partial(_check_pairs, task, (id_kinds[0], id_kinds[-1]) if id_kinds else None, schemas, passed_bytes)
+    check = partial(_check_pairs, task, id_kinds, schemas)
     skip = config.run.on_bad_shard == "skip"
     plan = plan_units(pairs, shards, config.rows_per_unit, run_fingerprint, skip_bad_shards=skip, check=check)
     if config.is_inline or config.top_k is not None:
@@ -157,7 +154,7 @@ def plan_score(config: ScoreConfig) -> ScorePlan:
         run=config.run,
         unit_name="pairs",
         uses_model=False,
-        output_bytes=_output_bytes(config, plan, passed_bytes),
+        output_bytes=_output_bytes(config, plan),
         about={
             "columns": list(config.columns) if config.columns else None,
             "threshold": config.threshold,
@@ -270,40 +267,29 @@ def _work_root(config: ScoreConfig) -> Location:
 
 
 def _check_pairs(
-    task: ScoreTask,
-    id_kinds: tuple[str, str] | None,
-    schemas: dict[str, pa.Schema],
-    passed_bytes: dict[str, int],
-    shard: Shard,
-    reader: ShardReader,
+    task: ScoreTask, id_kinds: Sequence[str], schemas: dict[str, pa.Schema], shard: Shard, reader: ShardReader
 ) -> None:
     """Looks at the schema of one file of pairs, so that what cannot be used fails before any work.
 
     Args:
         task: of the job.
-        id_kinds: how the ids of the left and the right records are compared; None for texts.
+        id_kinds: how the ids of the left and the right records are compared, or of both; none for texts.
         schemas: by name; this one is added.
-        passed_bytes: by name, size of the file where any column of it is passed on; likewise.
         shard: the file.
         reader: of it.
 
     Raises:
         ConfigError: a column is missing, there already, or of a type that cannot be used.
     """
-    reader.check_columns(task.pair_columns, TEXTS_MISSING if id_kinds is None else IDS_MISSING)
-    for place, column in enumerate(task.pair_columns):
-        if id_kinds is None:
-            as_text(pa.array([], reader.column_type(column)), column)
-        else:
-            check_ids_fit(reader.column_type(column), column, id_kinds[place])
+    check_pair_columns(reader, task.pair_columns, id_kinds)
     folders = [key for key, _ in shard.partitions]
     passed = [name for name in output_columns(task, reader.schema.names, folders) if name not in SCORE_COLUMNS]
     reader.check_columns(passed, f"--columns also knows {', '.join(SCORE_COLUMNS)}")
     schemas[shard.name] = reader.schema
-    passed_bytes[shard.name] = shard.size_bytes if passed else 0
 
 
-def _output_bytes(config: ScoreConfig, plan: Plan, passed_bytes: Mapping[str, int]) -> int:
+def _output_bytes(config: ScoreConfig, plan: Plan) -> int:
     if config.min_score is not None or config.top_k is not None:
         return 0  # how many pairs survive is not known beforehand
-    return 5 * plan.rows + sum(passed_bytes.values())
+    passes = config.columns is None or any(name not in SCORE_COLUMNS for name in config.columns)
+    return 5 * plan.rows + (plan.bytes_in if passes else 0)

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import pyarrow as pa
-
 from flipkd.config import DEFAULT_LABEL_COLUMN, TeachConfig
 from flipkd.data.columns import first_clash
 from flipkd.data.find import Shard, find_shards
 from flipkd.data.labels import read_labels
 from flipkd.data.location import Location, open_location
-from flipkd.data.pairs import IDS_MISSING, TEXTS_MISSING
-from flipkd.data.records import as_text
+from flipkd.data.pairs import check_pair_columns
 from flipkd.data.shards import ShardReader
 from flipkd.data.teacher_scores import TEACHER_COLUMNS, TeacherFacts
 from flipkd.errors import ConfigError, InputError
@@ -26,7 +23,6 @@ from flipkd.run.job import check_device
 from flipkd.run.join import JOIN_REASON, RecordTable, record_tables
 from flipkd.run.overlap import refuse_overlap
 from flipkd.run.units import Footer, Plan, cut_units, fingerprint, read_footers
-from flipkd.vectors.id_types import check_ids_fit
 
 _LABEL_ROWS = 1 << 18
 
@@ -137,19 +133,13 @@ def _check_shard(
     config: TeachConfig, source: str, shard: Shard, reader: ShardReader, kinds: Sequence[str]
 ) -> bool | None:
     """Whether the shard has labels; None where they cannot be read and may be skipped."""
-    reader.check_columns(config.pair_columns, IDS_MISSING if kinds else TEXTS_MISSING)
+    check_pair_columns(reader, config.pair_columns, kinds)
     added = [*TEACHER_COLUMNS, JOIN_REASON]
     if kinds:
         added += [config.left_text, config.right_text]
     clash = first_clash(reader.schema.names, added)
     if clash is not None:
         raise ConfigError(f"{source} has a column {clash!r} already, which teach adds; rename or drop it")
-    for place, column in enumerate(config.pair_columns):
-        kind = reader.column_type(column)
-        if kinds:
-            check_ids_fit(kind, column, kinds[min(place, len(kinds) - 1)])
-        else:
-            as_text(pa.array([], kind), column)
     name = config.label_column
     if name not in reader.schema.names and name not in dict(shard.partitions):
         return False

@@ -16,7 +16,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from flipkd.data.columns import take_rows
-from flipkd.data.commit import ShardWriter, write_options
+from flipkd.data.commit import ShardWriter
+from flipkd.data.encodings import write_options
 from flipkd.data.location import Location
 from flipkd.data.shards import each_file
 from flipkd.run.manifest import UnitReport, read_output, read_reports

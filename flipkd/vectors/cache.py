@@ -247,7 +247,8 @@ def open_whole(paths: Iterable[Path], kind: SegmentKind) -> Opened:
     opened = open_all(paths, kind)
     for error in opened.damaged:
         drop_damaged(error)
-    for path, why in list(opened.unreadable.items())[:1]:
+    if opened.unreadable:
+        path, why = next(iter(opened.unreadable.items()))
         told = "%d files of the cache cannot be read now (%s: %s); they stay, and what they hold is encoded again"
         logger.warning(told, len(opened.unreadable), path, why)
     return opened

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from flipkd.config import ScoreConfig
-from flipkd.data.commit import write_options
+from flipkd.data.encodings import write_options
 from flipkd.run.score import dry_run, score
 from tests.documents import DOCS, blocks
 from tests.run.conftest import RECORDS, World, record_id
