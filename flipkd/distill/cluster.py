@@ -21,7 +21,8 @@ from flipkd.distill.gradients import Workers
 from flipkd.distill.train import run_path, train_worker
 from flipkd.errors import ClusterError, ConfigError, FlipkdError, told_without_data
 from flipkd.logs import current_options, log_as_worker
-from flipkd.run.cluster import RAY_LOGGERS, connect, gpus_of_a_worker
+from flipkd.run.cluster import gpus_of_a_worker
+from flipkd.run.ray_connection import RAY_LOGGERS, connect
 
 try:
     import ray

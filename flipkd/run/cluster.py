@@ -1,4 +1,4 @@
-"""Runs work units on a Ray cluster. With ``cluster_metrics.py``, the only file of a job that imports Ray.
+"""Runs work units on a Ray cluster. A job imports Ray here, in ``ray_connection.py`` and ``cluster_metrics.py`` only.
 
 Ray Data drives a pool of actors over the units: it scales the pool between its bounds, replaces actors whose process
 or node died, tries their units again up to a limit, and ends a job that makes no progress. A bare
@@ -10,10 +10,10 @@ twice is written once.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import pickle
-import socket
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,12 +23,12 @@ from flipkd.config import RunOptions
 from flipkd.data.commit import read_json
 from flipkd.data.location import Location
 from flipkd.errors import ClusterError, ConfigError, FlipkdError, told_without_data
-from flipkd.logs import LogOptions, adopt_handlers, current_options, log_as_worker
+from flipkd.logs import LogOptions, current_options, log_as_worker
 from flipkd.models.progress import Listener
 from flipkd.run.local import UnitFunction, attempt
 from flipkd.run.manifest import UnitReport, read_report
 from flipkd.run.output import remove_folder, remove_temporary
-from flipkd.run.ray_session import opened, opened_address
+from flipkd.run.ray_connection import RAY_LOGGERS, connect
 from flipkd.run.unit_notes import TRIES, following_notes, note_name, write_note
 from flipkd.run.units import WorkUnit
 
@@ -36,13 +36,12 @@ try:
     import ray
     import ray.data
     import ray.exceptions
-    from ray.util.client import ray as client
 except ImportError as missing:
     raise ConfigError("--ray needs Ray: pip install 'flipkd[ray]'") from missing
 
-logger = logging.getLogger(__name__)
-
-RAY_LOGGERS = ("ray", "ray.data", "ray.train")
+# How names of threads begin that fetch. One named Prefetcher stays too, asleep, and does nothing more.
+RAY_DATA_THREADS = ("StreamingExecutor", "iter_threaded", "ray-data-")
+JOIN_S = 10.0
 
 
 class _UnitActor:
@@ -148,6 +147,7 @@ def run_cluster(
     context.max_consecutive_actor_init_deaths = run.max_retries
     remove_folder(output.child(TRIES))
     with ray.data.DataContext.current(context), following_notes(output, units, listener):
+        # Actors are started again, and their units tried again, without end: what Ray Data does unless told otherwise.
         dataset = ray.data.from_items(
             [{"unit": pickle.dumps(unit)} for unit in units], override_num_blocks=len(units)
         ).map_batches(
@@ -157,15 +157,14 @@ def run_cluster(
             compute=ray.data.ActorPoolStrategy(min_size=smallest, max_size=largest, max_tasks_in_flight_per_actor=2),
             num_cpus=threads,
             num_gpus=gpus or None,
-            max_restarts=-1,
-            max_task_retries=-1,
         )
         try:
-            for row in dataset.iter_rows():
-                result = pickle.loads(row["result"])
-                if isinstance(result, FlipkdError):
-                    raise result
-                yield result
+            with rows_of(dataset) as rows:
+                for row in rows:
+                    result = pickle.loads(row["result"])
+                    if isinstance(result, FlipkdError):
+                        raise result
+                    yield result
         except ray.exceptions.RayError as error:
             raise ClusterError(_explain(error, run)) from error
         except Exception as error:
@@ -174,6 +173,25 @@ def run_cluster(
             raise
     remove_folder(output.child(TRIES))
     remove_temporary(output)  # of workers that were killed
+
+
+@contextlib.contextmanager
+def rows_of(dataset: ray.data.Dataset) -> Iterator[Iterator[dict[str, Any]]]:
+    """Gives the rows as they come; at the end, however it comes, no thread of Ray Data is left that fetches.
+
+    Ray Data only tells its threads to stop. One that still fetches a block after ``ray.shutdown()`` ends the process:
+    Ray's C++ exits with code 1, and nobody hears what had gone wrong.
+    """
+    before = set(threading.enumerate())
+    rows = iter(dataset.iter_rows())
+    try:
+        yield rows
+    finally:
+        rows.close()
+        deadline = time.monotonic() + JOIN_S
+        for thread in threading.enumerate():
+            if thread not in before and thread.name.startswith(RAY_DATA_THREADS):
+                thread.join(max(0.0, deadline - time.monotonic()))
 
 
 def gpus_of_a_worker(run: RunOptions, may_use_gpu: bool, resources: Mapping[str, float]) -> float:
@@ -193,75 +211,6 @@ def pool_size(run: RunOptions, room: int, units: int) -> tuple[int, int]:
     """
     largest = max(1, min(run.workers or max(room, run.min_workers), units))
     return max(1, min(run.min_workers, largest)), largest
-
-
-@contextlib.contextmanager
-def private_files() -> Iterator[None]:
-    """Files that are made meanwhile, by this process and those that it starts (a Ray of its own), are private."""
-    previous = os.umask(0o077)
-    try:
-        yield
-    finally:
-        os.umask(previous)
-
-
-def connect(address: str) -> None:
-    """Joins the cluster at ``address`` (``auto``, ``HOST:PORT``, ``ray://...``) or starts Ray here (``local``).
-
-    A connection that this process has already is used, and stays; one that is made here ends with ``ray_session``.
-
-    Raises:
-        ClusterError: there is no cluster, or it refuses this client.
-        ConfigError: this process is connected to another cluster.
-    """
-    adopt_handlers(*RAY_LOGGERS)
-    log = current_options()
-    if log is not None and log.form == "json":
-        os.environ.setdefault("RAY_BACKEND_LOG_JSON", "1")  # of what Ray's C++ says on stderr
-    if ray.is_initialized():
-        _check_same(address)
-        return
-    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if address == "local":
-        options["include_dashboard"] = False
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    try:
-        if host and port.isdigit():  # Ray itself knocks for minutes at a door that is not there
-            socket.create_connection((host, int(port)), timeout=20).close()
-        with private_files():
-            ray.init(address=address, **options)
-        opened(address, ray.shutdown)
-    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        causes = f"{error} {error.__cause__}"
-        asks = "AuthToken" in causes or "authentication token" in causes
-        hint = "; it asks for a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN" if asks else ""
-        raise ClusterError(f"--ray {address}: cannot join the cluster: {str(error).splitlines()[0]}{hint}") from error
-
-
-def _check_same(address: str) -> None:
-    """Refuses an address that is not that of the connection there is, as far as one can tell."""
-    own = opened_address()
-    if address in ("auto", own):
-        return
-    there = ray.get_runtime_context().gcs_address
-    if address == "local":
-        is_same = own is None
-    elif address.startswith("ray://"):
-        is_same = own is None and client.is_connected()
-    else:
-        (host, _, port), (known, _, known_port) = address.rpartition(":"), there.rpartition(":")
-        is_same = port == known_port and bool(_ip_addresses(host) & {known, "127.0.0.1", "::1"})
-    if not is_same:
-        raise ConfigError(
-            f"--ray {address}: this process is connected to the cluster {own or there} already; pass --ray auto to use "
-            "that one, or end it with ray.shutdown()"
-        )
-
-
-def _ip_addresses(host: str) -> set[str]:
-    with contextlib.suppress(OSError):
-        return {str(found[4][0]) for found in socket.getaddrinfo(host, None)}
-    return {host}
 
 
 def _explain(error: BaseException, run: RunOptions) -> str:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +25,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from flipkd.config import EncodeConfig, EncoderOptions, RunOptions, ScoreConfig
-from flipkd.errors import ClusterError, ConfigError
+from flipkd.errors import ClusterError, ConfigError, FlipkdError
 from flipkd.models.llm_options import LlmOptions
 from flipkd.run.encode import encode
 from flipkd.run.ray_session import ray_session
@@ -265,7 +267,7 @@ def test_ray_that_was_started_here_ends_with_the_outermost_session(
 ) -> None:
     from flipkd.run.cluster import ray
 
-    starts, init, pairs = [], ray.init, str(make_pairs(files=1))
+    starts, init, pairs = [], ray.init, str(make_pairs(files=6))
 
     def counted(**options: Any) -> Any:
         starts.append(options["address"])
@@ -283,6 +285,15 @@ def test_ray_that_was_started_here_ends_with_the_outermost_session(
         ):
             score(ScoreConfig(pairs, str(tmp_path / "three"), **stores, run=RunOptions(ray="10.0.0.1:6379")))
         score(ScoreConfig(pairs, str(tmp_path / "three"), **stores, run=RunOptions(ray="auto")))
+        # A thread of Ray Data that is left would end this process once Ray is shut down.
+        threads = set(threading.enumerate())
+        bad = shutil.copytree(pairs, tmp_path / "damaged")
+        with sorted(bad.glob("*.parquet"))[1].open("r+b") as file:  # its footer can be read, its rows cannot
+            file.write(bytes(1000))
+        with pytest.raises(FlipkdError, match=r"cannot read part-001.parquet of .*damaged"):
+            score(ScoreConfig(str(bad), str(tmp_path / "bad"), **stores, run=local))
+        left = {thread.name for thread in set(threading.enumerate()) - threads}
+        assert left <= {"Prefetcher"}  # which sleeps
     assert not ray.is_initialized()
     score(ScoreConfig(pairs, str(tmp_path / "four"), **stores, run=local))
     assert not ray.is_initialized()
@@ -305,18 +316,18 @@ def test_ray_that_was_started_here_ends_with_the_outermost_session(
 def test_a_connection_of_the_caller_is_used_and_stays(
     address: str, is_same: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flipkd.run import cluster
+    from flipkd.run import ray_connection
 
     def never(**_: object) -> None:
         raise AssertionError("it is not ours")
 
-    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: True)
-    monkeypatch.setattr(cluster.ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="10.1.2.3:6379"))
+    monkeypatch.setattr(ray_connection.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray_connection.ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="10.1.2.3:6379"))
     for name in ("init", "shutdown"):
-        monkeypatch.setattr(cluster.ray, name, never)
+        monkeypatch.setattr(ray_connection.ray, name, never)
     with ray_session():
         if is_same:
-            cluster.connect(address)
+            ray_connection.connect(address)
         else:
             with pytest.raises(ConfigError, match=r"connected to the cluster 10\.1\.2\.3:6379 already"):
-                cluster.connect(address)
+                ray_connection.connect(address)
